@@ -24,6 +24,8 @@
 # # Adaptive sparse training on CIFAR-10
 #
 # <!-- badges -->
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/your-name/ast-notebook-kit/blob/main/notebooks/cifar10_ast.ipynb)
+# [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/your-name/ast-notebook-kit/blob/main/notebooks/cifar10_ast.ipynb)
 # <!-- /badges -->
 #
 # Trains each epoch only on the images that still teach the model something, beside plain training and random
@@ -602,8 +604,8 @@ def class_lists(path: Path) -> tuple[list[str], dict[str, tuple[list[str], np.nd
     classes = sorted(splits["train"])
     if len(classes) < 2 or not splits["val"]:
         raise BadInput(
-            f"{path}: {len(classes)} classes in train and {len(splits['val'])} in val, expected two or more in "
-            f"train/<class>/ and in val/<class>/ or test/<class>/; arrange the images so"
+            f"{path}: {len(classes)} classes in train and {len(splits['val'])} in val, expected two or more "
+            f"in train/<class>/ and in val/<class>/ or test/<class>/; arrange the images so"
         )
     if odd := sorted(set(classes) ^ set(splits["val"])):
         raise BadInput(
@@ -752,9 +754,7 @@ def holds_cifar10(reader: Reader, path: Path) -> bool:
     """Tell CIFAR-10 from other data of the same form by the names of its classes."""
     if reader is read_batches:
         return True  # the names of the batches are its own
-    with contextlib.suppress(
-        BadInput
-    ):  # what is damaged and is not known to be CIFAR-10 is none of our business
+    with contextlib.suppress(BadInput):  # damaged, and not known to be CIFAR-10: none of our business
         if reader is read_packed:
             return class_names(path / "classes.json") == CIFAR10_CLASSES
         return sorted(list_tree(path).get("train", {})) == CIFAR10_CLASSES
@@ -817,6 +817,7 @@ NETWORK_FAULTS = (OSError, http.client.HTTPException)
 
 
 def request(url: str, span: str = "") -> urllib.request.Request:
+    """Ask for `url`, or for a span of its bytes, such as "0-0" for the first or "1000-" for the rest."""
     headers = {"User-Agent": "cifar10_ast"} | ({"Range": f"bytes={span}"} if span else {})
     return urllib.request.Request(url, headers=headers)
 
@@ -1065,7 +1066,7 @@ def recipe(settings: Settings, model: nn.Module) -> tuple[torch.optim.Optimizer,
     return optimizer, nn.CrossEntropyLoss(reduction="none", label_smoothing=settings.label_smoothing)
 
 
-# %% What can be set, and what is refused [markdown] tags=["shared"]
+# %% Why every value is checked first [markdown] tags=["shared"]
 # ## Adaptive sparse training
 #
 # From here to the cell "Run", this program and its siblings share every line. First what can be set:
@@ -1219,7 +1220,7 @@ ASTConfig.target_activation_rate = property(lambda self: self.target_activation)
 ASTConfig.learning_rate = property(lambda self: self.lr)
 ASTConfig.use_amp = property(lambda self: self.amp != "off")
 
-# %% Significance [markdown] tags=["shared"]
+# %% Why a significance [markdown] tags=["shared"]
 # ### Significance: how much a sample still teaches
 #
 # The score comes from the forward pass that trains the sample anyway, so it costs nothing:
@@ -1279,7 +1280,7 @@ class Memory:
         return torch.from_numpy((below + upto) / (2 * len(reference))).float()
 
 
-# %% The gate [markdown] tags=["shared"]
+# %% Why a soft gate on ranks [markdown] tags=["shared"]
 # ### The gate: from significance to a probability
 #
 # A sample's *rank* $u \in [0,1]$ among all remembered scores is compared with a threshold $\theta$:
@@ -1301,7 +1302,7 @@ def activation_probability(u: Tensor, threshold: float, target: float) -> Tensor
 
 
 def solve_threshold(u: Tensor, count: float, target: float) -> float:
-    """θ in [-2, 3] at which Σ p(u) is `count` samples, by Newton's method, safeguarded by halving the bracket.
+    """θ in [-2, 3] at which Σ p(u) is `count` samples, by Newton's method, safeguarded by halving.
 
     p falls with θ, so there is one such θ; `count` outside what p can reach gives an end of the bracket.
     """
@@ -1323,7 +1324,7 @@ def threshold_slope(u: Tensor, threshold: float, target: float) -> float:
     return -float((edge * (1 - edge)).mean()) * (1 - floor) / temperature
 
 
-# %% The controller [markdown] tags=["shared"]
+# %% Why a controller [markdown] tags=["shared"]
 # ### The controller: holding the activation rate
 #
 # The solve is *feed-forward*: it knows every remembered rank, so it is right at once, also when somebody
@@ -1398,7 +1399,7 @@ class Controller:
         self.__dict__.update(state)
 
 
-# %% Selection and weights [markdown] tags=["shared"]
+# %% Why systematic selection and weights [markdown] tags=["shared"]
 # ### Selection: an exact count, and weights that keep the gradient honest
 #
 # Tossing a coin for each sample would make the batch count jump about. *Systematic* sampling lays the
@@ -1429,7 +1430,7 @@ def importance_weights(p: Tensor, gamma: float) -> Tensor:
     return weights / weights.mean() if len(weights) else weights
 
 
-# %% Gates before the loader [markdown] tags=["shared"]
+# %% Why a gate before the loader [markdown] tags=["shared"]
 # ### Gates that stand before the loader
 #
 # A gate has four methods, and the trainer takes any object that has them, yours too:
@@ -1539,7 +1540,7 @@ class RandomGate:
         self.owed = state["owed"]
 
 
-# %% Gates after the loader [markdown] tags=["shared"]
+# %% Why a gate after the loader [markdown] tags=["shared"]
 # ### A gate that stands after the loader
 #
 # What is hard may be the *view*: this crop, this flip. The `live` gate sees the augmented candidates,
@@ -1617,7 +1618,7 @@ class LiveGate:
         self.controller.load_state_dict(state["controller"])
 
 
-# %% The schedule [markdown] tags=["shared"]
+# %% Why four phases [markdown] tags=["shared"]
 # ### The schedule: when to skip
 #
 # Four phases of whole epochs. *Warm-up* trains on everything once, so that every sample has a score. *Ramp*
@@ -1680,7 +1681,7 @@ def learning_rate_shape(progress: float) -> float:
     return 0.2 + 4.0 * progress if progress < 0.2 else (1 - progress) / 0.8
 
 
-# %% The ledger: FLOPs [markdown] tags=["shared"]
+# %% Why a ledger [markdown] tags=["shared"]
 # ### The ledger: what was really spent
 #
 # Three currencies, never called by each other's name. *FLOPs* are counted by PyTorch on a copy of the
@@ -1871,7 +1872,7 @@ class Ledger:
         self.accounts = {phase: Account(**account) for phase, account in state.items()}
 
 
-# %% Where samples come from [markdown] tags=["shared"]
+# %% Why sources [markdown] tags=["shared"]
 # ### Where samples come from
 #
 # A source turns batches of indices into batches of views, and is asked for activated samples only. Arrays
@@ -2042,7 +2043,7 @@ def as_source(data: object, device: torch.device, batch_size: int, name: str) ->
     return DatasetSource(data, device)
 
 
-# %% An epoch's plan [markdown] tags=["shared"]
+# %% Why a plan [markdown] tags=["shared"]
 # ### An epoch's plan
 #
 # An epoch offers every sample once, in random order, chunk by chunk. The gate decides on a chunk only when
@@ -2134,7 +2135,7 @@ class Plan:
         self.__dict__.update(state | {"on_the_way": deque(state["on_the_way"])})
 
 
-# %% Precision [markdown] tags=["shared"]
+# %% Why half precision, and a guard [markdown] tags=["shared"]
 # ### Precision and the step
 #
 # Half the bits are faster where the hardware computes with them, and slower or pointless elsewhere. The
@@ -2239,7 +2240,7 @@ def float_buffers(model: nn.Module) -> list[Tensor]:
     return [b for b in model.buffers() if b.is_floating_point()]
 
 
-# %% The trainer [markdown] tags=["shared"]
+# %% Why a trainer that prints nothing [markdown] tags=["shared"]
 # ### The trainer
 #
 # Data flows one way: plan → source → step → memory → ledger → listeners. The trainer prints nothing: it
@@ -2775,7 +2776,7 @@ def peak_memory_mib(device: torch.device) -> float | None:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-# %% Checkpoints [markdown] tags=["shared"]
+# %% Why checkpoints are written so [markdown] tags=["shared"]
 # ### Checkpoints
 #
 # A checkpoint is written beside its final name, flushed to disk, and only then renamed, so a crash at any
@@ -2830,7 +2831,7 @@ def load_checkpoint(folder: Path, say: Callable[[str], None]) -> dict | None:
     return None
 
 
-# %% Records [markdown] tags=["shared"]
+# %% Why records [markdown] tags=["shared"]
 # ### Records
 #
 # `metrics.jsonl` has a line an epoch, `events.jsonl` a line for every change made by hand. A resumed run
@@ -2941,7 +2942,7 @@ def print_table(bar: bool = True) -> Callable[[str, dict], None]:
     return listen
 
 
-# %% Pictures [markdown] tags=["shared"]
+# %% Why one colour a policy [markdown] tags=["shared"]
 # ### Pictures
 #
 # One colour a policy everywhere: AST orange, full grey, random blue (distinguishable with any colour vision).
@@ -3077,7 +3078,7 @@ def draw_cost(axes: object, results: list[dict]) -> None:
     axes.set(title="Measured time", xlabel="seconds")
 
 
-# %% Settings from flags and variables [markdown] tags=["shared"]
+# %% Why one dataclass feeds all [markdown] tags=["shared"]
 # ### Settings from flags and variables
 #
 # One dataclass feeds the command line, the environment and the notebook. Each field's comment in the
@@ -3198,7 +3199,7 @@ def let_device_decide(settings: object) -> tuple[object, dict[str, str]]:
     )
 
 
-# %% The whole run [markdown] tags=["shared"]
+# %% Why everything runs side by side [markdown] tags=["shared"]
 # ### The whole run
 #
 # For each seed: the gate under test first, then every policy it is compared with, in the same process, from
