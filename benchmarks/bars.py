@@ -121,7 +121,7 @@ def device(data: ast.ImageData, rounds: int = 3) -> dict:
 
 
 def control(data: ast.ImageData) -> dict:
-    """Realised activation rates: every sparse epoch, steps of the target, and a tenth of the activated lost."""
+    """Realised rates: every sparse epoch, steps of the target, and a tenth of the activated lost."""
     small = ast.replace(data, train_images=data.train_images[:8000], train_labels=data.train_labels[:8000])
     worst = 0.0
     for target in (0.05, 0.1, 0.2, 0.4, 0.8):
@@ -139,7 +139,7 @@ def control(data: ast.ImageData) -> dict:
 
 
 def target_step(data: ast.ImageData, start: float, steps: list[tuple[float, float]]) -> dict:
-    """Moves the target at given epochs; returns the worst rate error from 1/10 epoch on, and the overshoot."""
+    """Moves the target at given epochs; returns the rate's error from 1/10 epoch on, and its overshoot."""
     run = trainer(data, target_activation=start, **SPARSE)
     n, waiting, trace = len(data.train_labels), list(steps), []
     select = run.gate.select

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import hashlib
 import io
+import itertools
 import math
 import os
 import pickle
@@ -11,6 +12,7 @@ import queue
 import resource
 import sys
 import types
+from collections import deque
 from dataclasses import asdict, fields, replace
 
 import numpy as np
@@ -488,20 +490,21 @@ PLANS = st.fixed_dictionaries(
 
 def make_plan(cifar, n, batch_size, chunks, share, seed):
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(torch.int32)
-    turn = iter(chunks * (n + 1))
+    turn = itertools.cycle(chunks)
     return cifar.Plan(order, batch_size, lambda: next(turn), chosen(share))
 
 
-def drain(plan, ahead, stop=None):
+def drain(plan, ahead, stop=math.inf):
     """(indices, weights) of each batch, asked for `ahead` batches before it is received, as workers do."""
-    got, waiting, source = [], [], plan.batches()
-    for indices in source:
-        waiting.append(indices)
-        if len(waiting) > ahead:
-            got.append((waiting[0], plan.received(waiting.pop(0))[0]))
-            if stop is not None and len(got) == stop:
-                return got
-    return got + [(indices, plan.received(indices)[0]) for indices in waiting]
+    got, waiting, source = [], deque(), plan.batches()
+    while len(got) < stop:
+        while len(waiting) <= ahead and (indices := next(source, None)) is not None:
+            waiting.append(indices)
+        if not waiting:
+            break
+        indices = waiting.popleft()
+        got.append((indices, plan.received(indices)[0]))
+    return got
 
 
 def check_batches(batches, expected, batch_size):
@@ -893,8 +896,13 @@ def test_precision_on_a_cpu(cifar, monkeypatch, has):
 
 @pytest.mark.parametrize(
     "capability,native_bf16,expected",
-    [((6, 0), False, None), ((7, 0), False, torch.float16), ((7, 5), False, torch.float16)]
-    + [((8, 0), True, torch.bfloat16), ((9, 0), True, torch.bfloat16)],
+    [
+        ((6, 0), False, None),
+        ((7, 0), False, torch.float16),
+        ((7, 5), False, torch.float16),
+        ((8, 0), True, torch.bfloat16),
+        ((9, 0), True, torch.bfloat16),
+    ],
 )
 def test_precision_on_a_gpu(cifar, monkeypatch, capability, native_bf16, expected):
     def supported(including_emulation=True):

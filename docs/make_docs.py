@@ -1,0 +1,203 @@
+"""Writes what is derived: docs/api.md from the docstrings, and in README.md and the program's first cell the
+marked places: flags from `Settings`, figures from benchmarks/results.
+
+    python docs/make_docs.py, then python build_notebooks.py
+"""
+
+import inspect
+import json
+import re
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "standalone"))
+import cifar10_ast as program  # noqa: E402
+
+CHAPTERS = {
+    "Train a model of your own": ["ASTConfig", "AdaptiveSparseTrainer", "Controls", "BadInput"],
+    "Run the whole program": ["Settings", "run", "load_data", "ImageData", "shapes"],
+    "The method, piece by piece": [
+        *("significance", "Memory", "activation_probability", "solve_threshold", "Controller"),
+        *("systematic", "importance_weights", "Schedule", "learning_rate_shape"),
+    ],
+    "Gates": ["RememberedGate", "LiveGate", "Views", "RandomGate"],
+    "What it cost": ["Ledger", "EnergyMeter", "flops_per_sample"],
+    "Where samples come from": ["ArraySource", "DatasetSource", "as_source"],
+}
+OPENING = """\
+# The public names
+
+Every program in `standalone/` holds these, since the cells are shared. Import a program, or use the names in
+its notebook. Written from the docstrings by `python docs/make_docs.py`.
+"""
+
+
+def entry(name: str) -> str:
+    """The markdown of one public name, with its public methods."""
+    thing = getattr(program, name)
+    lines = [f"### `{name}{signature(thing)}`", "", inspect.cleandoc(thing.__doc__)]
+    for method, value in vars(thing).items() if inspect.isclass(thing) else ():
+        function = getattr(value, "__func__", value)  # a classmethod wraps its function
+        if inspect.isfunction(function) and not method.startswith("_") and function.__doc__:
+            lines += ["", f"**`{method}{signature(function)}`**", "", inspect.cleandoc(function.__doc__)]
+    return "\n".join(lines) + "\n"
+
+
+def signature(thing: object) -> str:
+    """Parameter names and plain defaults; the types are in the source."""
+    if isinstance(thing, type) and issubclass(thing, Exception):
+        return "(sentence)"
+    parameters = []
+    for item in inspect.signature(thing).parameters.values():
+        if item.name in ("self", "cls"):
+            continue
+        star = {item.VAR_POSITIONAL: "*", item.VAR_KEYWORD: "**"}.get(item.kind, "")
+        default = "" if item.default is item.empty else f"={item.default!r}"
+        parameters.append(star + item.name + (default if "<" not in default else "=…"))
+    text = ", ".join(parameters)
+    return f"({text})" if len(text) < 400 else "(…)"
+
+
+def api() -> str:
+    """The whole of docs/api.md."""
+    parts = [OPENING]
+    for chapter, names in CHAPTERS.items():
+        parts += [f"## {chapter}\n", *map(entry, names)]
+    return "\n".join(parts)
+
+
+def flags() -> str:
+    """The table of flags."""
+    settings, comments = program.Settings(), program.field_comments()
+    rows = ["| flag | default | meaning |", "|---|---|---|"]
+    for item in program.fields(settings):
+        value = getattr(settings, item.name)
+        default = {"None": "auto", "True": "on", "False": "off"}.get(str(value), value)
+        rows.append(f"| `{program.flag(item.name)}` | {default} | {comments[item.name].replace('|', '/')} |")
+    return "\n".join(rows)
+
+
+def result(name: str) -> dict | None:
+    """What benchmarks/bars.py measured under a name, if it did."""
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def seeds(found: dict, policy: str) -> str:
+    return ", ".join(f"{value:.2f}" for value in found["accuracy_per_seed"][policy].values())
+
+
+ROWS: dict[str, list[tuple[str, Callable[[dict], str], str]]] = {
+    "engine": [
+        (
+            "seconds a candidate in the sparse phase ÷ seconds a sample of full training, a = 0.10 and 0.40",
+            lambda r: f"{r['ratio_at_0.10']:.3f} and {r['ratio_at_0.40']:.3f}",
+            "≤ 0.13 and ≤ 0.43",
+        )
+    ],
+    "feed": [("a full epoch ÷ the same steps on one held batch", lambda r: f"{r['ratio']:.3f}", "≤ 1.08")],
+    "device": [("`--amp auto` against float32, contiguous", lambda r: f"{r['times_faster']:.2f} ×", "≥ 2 ×")],
+    "control": [
+        (
+            "largest error of a sparse epoch's activation rate, targets 0.05 to 0.8",
+            lambda r: f"{r['largest_error_of_a_sparse_epoch']:.4f}",
+            "≤ 0.005",
+        ),
+        (
+            "target moved in mid-epoch: error after 1/10 epoch; overshoot",
+            lambda r: (
+                f"{max(s['error_after_a_tenth_of_an_epoch'] for s in r['steps']):.4f}; "
+                f"{max(s['overshoot'] for s in r['steps']):.4f}"
+            ),
+            "≤ 0.02; ≤ 0.05",
+        ),
+        (
+            "rate restored when a tenth of the activated is lost, targets 0.1 and 0.4",
+            lambda r: " and ".join(f"{v:.4f}" for v in r["rate_with_a_tenth_lost"].values()),
+            "within 0.01",
+        ),
+    ],
+    "gate": [
+        (
+            "gate time an epoch at 1,281,167 samples, a = 0.1 and 0.4; bytes a sample",
+            lambda r: (
+                " and ".join(f"{v:.2f} s" for v in r["seconds_per_epoch"].values())
+                + f"; {r['bytes_per_sample']:.0f}"
+            ),
+            "≤ 0.5 s; ≤ 16",
+        )
+    ],
+    "accuracy": [
+        (
+            "CIFAR-10, simple_cnn, 40 epochs at a mean activation of "
+            "0.104: AST, mean of 3 seeds (the original report: 61.2 %)",
+            lambda r: f"{r['mean_accuracy']['ast']:.2f} % ({seeds(r, 'ast')})",
+            "≥ 77.5 %",
+        ),
+        (
+            "`random` beside it, as many samples",
+            lambda r: f"{r['mean_accuracy']['random']:.2f} % ({seeds(r, 'random')})",
+            "not above AST",
+        ),
+    ],
+    "speed": [
+        (
+            "seconds to 61.2 % on CIFAR-10 (the original report: 628 s on a P100): AST; full",
+            lambda r: "; ".join(
+                "not reached" if v is None else f"{v:.1f} s" for v in r["seconds_to_61.2_percent"].values()
+            ),
+            "≤ 25 s",
+        )
+    ],
+}
+
+
+def measured() -> str:
+    """The table of what was measured, with the machine and the day."""
+    rows, where = ["| measure | measured | to reach |", "|---|---|---|"], set()
+    for name, lines in ROWS.items():
+        if found := result(name):
+            rows += [f"| {what} | {show(found)} | {reach} |" for what, show, reach in lines]
+            where.add(f"{found['machine']}, torch {found['torch']}, {found['date']}")
+    return "\n".join([*rows, "", "Taken on: " + "; ".join(sorted(where)) + "."])
+
+
+def evidence() -> str:
+    """The measured sentence in the program's first cell."""
+    found = result("accuracy")
+    if not found:
+        return "Nothing measured yet."
+    ours, random = found["mean_accuracy"]["ast"], found["mean_accuracy"]["random"]
+    rate, count = found["mean_activation"]["ast"], len(found["accuracy_per_seed"]["ast"])
+    return (
+        f"Measured on CIFAR-10 (as JPEGs), `simple_cnn`, 40 epochs on {rate:.1%} of the samples, mean of "
+        f"{count} seeds: AST {ours:.2f} %, random selection of as many {random:.2f} %. {found['machine']}, "
+        f"{found['date']}."
+    )
+
+
+def between(text: str, name: str, content: str, prefix: str = "") -> str:
+    """`text` with `content` between the marks of that name."""
+    body = "\n".join((prefix + line).rstrip() for line in content.splitlines())
+    marks = re.compile(rf"({prefix}<!-- {name} -->\n)(?:.*\n)*?({prefix}<!-- /{name} -->)")
+    return marks.sub(lambda match: match[1] + body + "\n" + match[2], text)
+
+
+def derived() -> dict[Path, str]:
+    """Every derived file and what it should hold."""
+    readme, script = ROOT / "README.md", ROOT / "standalone" / "cifar10_ast.py"
+    text = between(readme.read_text(encoding="utf-8"), "flags", flags())
+    wrapped = textwrap.fill(evidence(), 105)
+    return {
+        ROOT / "docs" / "api.md": api(),
+        readme: between(text, "measured", measured()),
+        script: between(script.read_text(encoding="utf-8"), "measured", wrapped, "# "),
+    }
+
+
+if __name__ == "__main__":
+    for path, content in derived().items():
+        path.write_text(content, encoding="utf-8")

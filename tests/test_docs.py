@@ -1,0 +1,45 @@
+"""What the documents say is what the program does and what was measured."""
+
+import re
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "docs"))
+import make_docs
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", make_docs.derived(), ids=lambda path: path.name)
+def test_derived_text_is_up_to_date(path):
+    stale = f"{path.name} is stale: run python docs/make_docs.py, then python build_notebooks.py"
+    assert path.read_text(encoding="utf-8") == make_docs.derived()[path], stale
+
+
+def test_every_public_name_has_a_docstring(cifar):
+    for names in make_docs.CHAPTERS.values():
+        for name in names:
+            assert getattr(cifar, name).__doc__, name
+
+
+def test_every_setting_has_a_comment_and_a_row_in_the_readme(cifar):
+    comments = cifar.field_comments()
+    for field in cifar.fields(cifar.Settings):
+        assert comments[field.name]
+        assert f"| `{cifar.flag(field.name)}` |" in README
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/configuration.md", "docs/api.md"])
+def test_links_and_pictures_inside_the_repository_resolve(name):
+    path = ROOT / name
+    for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
+        assert (path.parent / target).exists(), target
+
+
+def test_the_readme_names_no_flag_that_is_not_there(cifar):
+    known = {cifar.flag(field.name) for field in cifar.fields(cifar.Settings)}
+    known |= {"--no-feedforward", "--help", "--sync", "--check", "--data"}
+    used = set(re.findall(r"`[^`]*?(--[a-z][a-z-]+)", README))
+    assert used <= known, used - known
