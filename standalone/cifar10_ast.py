@@ -124,9 +124,7 @@ class Settings:
     ramp_epochs: int | None = None  # whole epochs from everything down to the target; 20 % if None
     anneal_epochs: int | None = None  # whole epochs on everything at the end; 12.5 % if None
     significance: str = "loss"  # loss, loss+entropy, loss+intensity or gradient
-    weight_gamma: float = (
-        0.5  # γ of the weights (p/a)^-γ; 0 weighs all activated samples alike, 1 is unbiased
-    )
+    weight_gamma: float = 0.5  # γ of the weights (p/a)^-γ; 0 weighs all alike, 1 is unbiased
     live_rule: str = "threshold"  # threshold or topk, for --gate live
     score_scale: float = 1.0  # image side used for live scoring, fraction of the full side in (0, 1]
     feedforward: bool = True  # solve for θ; --no-feedforward is the pure PI of the original reports
