@@ -356,7 +356,7 @@ def shapes(n_train: int = 12_000, n_val: int = 2_000, seed: int = 0) -> ImageDat
     train_images, train_labels, difficulty = split(n_train, round(0.05 * n_train))
     val_images, val_labels, _ = split(n_val, 0)
     arrays = train_images, train_labels, val_images, val_labels
-    return ImageData("shapes", True, list(FIGURES), *arrays, f"drawn from seed {seed}", difficulty)
+    return ImageData("shapes", True, list(FIGURES), *arrays, f"the drawing seed {seed}", difficulty)
 
 
 # %% Why a subset is balanced [markdown]
@@ -1001,11 +1001,6 @@ def resnet(classes: int) -> nn.Module:
 def build_model(settings: Settings, classes: int) -> nn.Module:
     """The model that `settings.model` names, for images [B, 3, 32, 32] to logits [B, classes]."""
     model = {"simple_cnn": simple_cnn, "resnet": resnet}[settings.model](classes)
-    for layer in model.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):  # He et al. 2015: torch's default starts far more slowly
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
     return model.to(memory_format=torch.channels_last)
 
 
@@ -3475,14 +3470,14 @@ def report(summary: dict) -> str:
     """The table at the end: every policy side by side, then what was measured, whichever way it fell."""
     lines = [
         "",
-        f"{'policy':<7} {'accuracy':>9} {'activated':>10} {'PFLOPs':>8} {'training':>10} {'total':>9} "
+        f"{'policy':<7} {'accuracy':>9} {'activated':>10} {'TFLOPs':>8} {'training':>10} {'total':>9} "
         f"{'unit-model saved':>17} {'joules':>9}",
     ]
     for name, p in summary["policies"].items():
         joules = "-" if p["joules"] is None else f"{p['joules']:.0f}"
         accuracy = "-" if p["final_accuracy"] is None else f"{p['final_accuracy']:.2f} %"
         lines.append(
-            f"{name:<7} {accuracy:>9} {100 * p['activation_rate']:>8.1f} % {p['flops'] / 1e15:>8.3f} "
+            f"{name:<7} {accuracy:>9} {100 * p['activation_rate']:>8.1f} % {p['flops'] / 1e12:>8.1f} "
             f"{p['train_seconds']:>8.1f} s {p['total_seconds']:>7.1f} s "
             f"{p['energy_savings_percent']:>15.1f} % {joules:>9}"
         )
@@ -3503,7 +3498,7 @@ def report(summary: dict) -> str:
         better = "ahead of" if m["accuracy_minus_random"] > 0 else "not ahead of"
         lines.append(
             f"{first} is {better} random selection of as many samples: {m['accuracy_minus_random']:+.2f} "
-            f"points, mean of {len(summary['seeds'])} (one seed proves nothing)"
+            f"points, seeds: {len(summary['seeds'])} (one proves nothing)"
         )
     if summary["synthetic"]:
         lines.append("SYNTHETIC data: these figures say nothing about real images")

@@ -18,7 +18,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_notebook_trains_from_top_to_bottom(path, tmp_path, monkeypatch):
     monkeypatch.setenv("AST_DATA", "shapes")
-    monkeypatch.setenv("AST_TRAIN_SIZE", "3000")
+    monkeypatch.setenv("AST_TRAIN_SIZE", "6000")
     monkeypatch.setenv("AST_EPOCHS", "4")
     monkeypatch.setenv("AST_MODEL", "simple_cnn")
     notebook = nbformat.read(path, as_version=4)
@@ -33,7 +33,7 @@ def test_the_notebook_trains_from_top_to_bottom(path, tmp_path, monkeypatch):
     ours = [row for row in rows if row["policy"] == "ast"]
     assert len(rows) == 12
     assert ours[-1]["train_loss"] < ours[0]["train_loss"]
-    assert ours[2]["activated"] == 1200
+    assert ours[2]["activated"] == 2400
     printed = "".join(
         o["text"] for c in notebook.cells for o in c.get("outputs", []) if o.output_type == "stream"
     )

@@ -32,7 +32,7 @@ TIMED = {"seconds", "elapsed_seconds", "data_wait_percent"}
 # A run that only gets as far as its first words, for tests of what happens before training.
 AT_ONCE = ("--time-limit", 1e-5)
 SMALL = ("--data", "shapes", "--train-size", 300, "--batch-size", 32)
-TINY = ("--data", "packed", "--epochs", 4, "--batch-size", 32, "--compare", "random")
+TINY = ("--data", "packed", "--epochs", 4, "--batch-size", 16, "--compare", "random")
 
 
 class Place:
@@ -354,6 +354,11 @@ def wait_for(process, condition):
         time.sleep(0.002)
 
 
+def epochs_done(out):
+    path = out / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
 def newest_number(out):
     numbers = [int(path.stem) for path in (out / "checkpoints").glob("*.ckpt")]
     return max(numbers, default=-1)
@@ -420,19 +425,20 @@ def test_killed_at_random_moments_and_resumed_equals_the_uninterrupted_run(
     reference = uninterrupted(chain, threads)
     write_packed(cifar, place.folder / "packed")
     out, rng = place.folder / "out", random.Random(chain)
-    half = (newest_number(reference) + 1) // 2
+    first_epochs = epochs_done(reference) // 2
+    steps = 0 if chain == "interval" else rng.randrange(20)
+    moments = [lambda: newest_number(out) >= steps, lambda: epochs_done(out) > first_epochs]
     flags, where = (*TINY, *CHAINS[chain], "--out", "out"), []
-    for first_half in (True, False):
+    for moment in moments:
         process = place.start(*flags, threads=threads)
-        moment = rng.randrange(1, max(2, half - 4)) + (0 if first_half else half)
-        wait_for(process, lambda moment=moment: newest_number(out) >= moment)
+        wait_for(process, moment)
         time.sleep(rng.uniform(0, 0.03))
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
         state = newest_state(cifar, out)
         where.append((len(state["finished"]), state["trainer"] is not None and state["trainer"]["epoch"]))
-        flags = (*flags, "--resume") if first_half else flags
+        flags = ("--resume", "--out", "out", *CHAINS[chain])
     assert [done for done, _ in where] == [0, 1]
     assert any(epoch for _, epoch in where), "neither kill was in mid-epoch"
     place.run("--resume", "--out", "out", threads=threads)
@@ -484,7 +490,7 @@ def test_a_stopped_run_resumes_to_the_same_end_also_with_another_time_limit(stop
 def test_ctrl_c_in_a_comparison_exits_with_130_claims_nothing_and_resumes(cifar, place, uninterrupted):
     write_packed(cifar, place.folder / "packed")
     out = place.folder / "out"
-    done = stop(place, signal.SIGINT, lambda out: (out / "metrics.jsonl").exists() and len(rows(out)) > 4)
+    done = stop(place, signal.SIGINT, lambda out: epochs_done(out) > 4)
     assert done.code == 130, done
     assert "Traceback" not in done.stderr
     found = summary(out)
@@ -501,7 +507,7 @@ def test_ctrl_c_in_a_comparison_exits_with_130_claims_nothing_and_resumes(cifar,
 def test_a_time_limit_stops_with_results_and_a_longer_one_goes_on(cifar, place):
     write_packed(cifar, place.folder / "packed")
     flags = ("--data", "packed", "--epochs", 2000, "--compare", "none", "--out", "out")
-    done = place.run(*flags, "--time-limit", 0.05)
+    done = place.run(*flags, "--time-limit", 0.02)
     out = place.folder / "out"
     found, before = summary(out), rows(out)
     assert (found["complete"], found["stopped_by"]) == (False, "time limit")
@@ -509,7 +515,7 @@ def test_a_time_limit_stops_with_results_and_a_longer_one_goes_on(cifar, place):
     assert found["policies"]["ast"]["final_accuracy"] == before[-1]["val_accuracy"]
     assert {path.name for path in out.iterdir()} == OUTPUTS | {"checkpoints"}
     assert "stopped by time limit" in done.stdout
-    place.run("--resume", "--out", "out", "--time-limit", 0.06)
+    place.run("--resume", "--out", "out", "--time-limit", 0.03)
     after = rows(out)
     assert after[: len(before)] == before
     assert len(after) > len(before)
