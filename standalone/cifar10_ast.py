@@ -124,6 +124,7 @@ class Settings:
     ramp_epochs: int | None = None  # whole epochs from everything down to the target; 20 % if None
     anneal_epochs: int | None = None  # whole epochs on everything at the end; 12.5 % if None
     significance: str = "loss"  # loss, loss+entropy, loss+intensity or gradient
+    temperature: float = 0.5  # T, softness of the gate's edge in ranks; 0.1 chooses hard samples strictly
     weight_gamma: float = 0.5  # γ of the weights (p/a)^-γ; 0 weighs all alike, 1 is unbiased
     live_rule: str = "threshold"  # threshold or topk, for --gate live
     score_scale: float = 1.0  # image side used for live scoring, fraction of the full side in (0, 1]
@@ -1117,6 +1118,7 @@ RULES: dict[str, tuple[Callable[[object], bool], str]] = {
     "warmup_epochs": EPOCHS_OR_NONE,
     "ramp_epochs": EPOCHS_OR_NONE,
     "anneal_epochs": EPOCHS_OR_NONE,
+    "temperature": (real(lambda v: v > 0), "a width in ranks, above 0; 0.1 chooses hard samples strictly"),
     "weight_gamma": (real(lambda v: 0 <= v <= 1), "an exponent in [0, 1]; 0 switches the weights off"),
     "score_scale": (
         real(lambda v: 0 < v <= 1),
@@ -1164,6 +1166,7 @@ class ASTConfig:
     ramp_epochs: int | None = None
     anneal_epochs: int | None = None
     significance: str = "loss"
+    temperature: float = 0.5
     weight_gamma: float = 0.5
     live_rule: str = "threshold"
     score_scale: float = 1.0
@@ -1287,43 +1290,42 @@ class Memory:
 #
 # A sample's *rank* $u \in [0,1]$ among all remembered scores is compared with a threshold $\theta$:
 #
-# $$p(u) = f + (1-f)\,\sigma\!\left(\frac{u-\theta}{T}\right), \qquad
-# f = \tfrac14 a, \quad T = \min(0.1, \tfrac14 a)$$
+# $$p(u) = f + (1-f)\,\sigma\!\left(\frac{u-\theta}{T}\right), \qquad f = \tfrac14 a$$
 #
-# Ranks keep their meaning while losses fall, so one $\theta$ scale serves the whole run. The floor $f$
-# keeps looking at easy samples (they may have been forgotten), and the temperature $T$ makes the edge soft:
-# a hard cut would train the same few samples over and over. $\theta$ is *solved for*: the one value with
-# $\sum p = a\,n$.
+# Ranks keep their meaning while losses fall, so one $\theta$ scale serves the whole run. The floor $f$ keeps
+# looking at easy samples (they may have been forgotten). The temperature $T$ makes the edge soft: a hard cut
+# trains the same few samples over and over, while at $T = \tfrac12$ a hard sample is a few times likelier
+# than an easy one, no more. $\theta$ is *solved for*: the one value with $\sum p = a\,n$.
 
 
 # %% The gate tags=["shared"]
-def activation_probability(u: Tensor, threshold: float, target: float) -> Tensor:
-    """p(u) of each rank u [m] at a threshold θ and a target activation rate a (a fraction)."""
-    floor, temperature = 0.25 * target, min(0.1, 0.25 * target)
+def activation_probability(u: Tensor, threshold: float, target: float, temperature: float) -> Tensor:
+    """p(u) of each rank u [m] at a threshold θ, a target activation rate a (fraction) and a temperature T."""
+    floor = 0.25 * target
     return floor + (1 - floor) * torch.sigmoid((u - threshold) / temperature)
 
 
-def solve_threshold(u: Tensor, count: float, target: float) -> float:
-    """θ in [-2, 3] at which Σ p(u) is `count` samples, by Newton's method, safeguarded by halving.
+def solve_threshold(u: Tensor, count: float, target: float, temperature: float) -> float:
+    """θ at which Σ p(u) is `count` samples, by Newton's method, safeguarded by halving.
 
     p falls with θ, so there is one such θ; `count` outside what p can reach gives an end of the bracket.
     """
-    low, high, threshold = -2.0, 3.0, 0.5
+    low, high, threshold = -12 * temperature, 1 + 12 * temperature, 0.5  # σ(±12) is 0 or 1 for our purposes
     for _ in range(50):
-        excess = float(activation_probability(u, threshold, target).sum()) - count
+        excess = float(activation_probability(u, threshold, target, temperature).sum()) - count
         if abs(excess) < 1e-3 or high - low < 1e-9:  # samples; θ
             break
         low, high = (threshold, high) if excess > 0 else (low, threshold)
-        newton = threshold - excess / min(threshold_slope(u, threshold, target) * len(u), -1e-12)
+        slope = threshold_slope(u, threshold, target, temperature)
+        newton = threshold - excess / min(slope * len(u), -1e-12)
         threshold = newton if low < newton < high else 0.5 * (low + high)
     return threshold
 
 
-def threshold_slope(u: Tensor, threshold: float, target: float) -> float:
+def threshold_slope(u: Tensor, threshold: float, target: float, temperature: float) -> float:
     """d(Σp/m)/dθ, the plant's own gain: how the activation rate answers a move of the threshold (below 0)."""
-    floor, temperature = 0.25 * target, min(0.1, 0.25 * target)
     edge = torch.sigmoid((u - threshold) / temperature)
-    return -float((edge * (1 - edge)).mean()) * (1 - floor) / temperature
+    return -float((edge * (1 - edge)).mean()) * (1 - 0.25 * target) / temperature
 
 
 # %% Why a controller [markdown] tags=["shared"]
@@ -1355,6 +1357,7 @@ class Controller:
         self.error = 0.0  # smoothed, fraction of the candidates
         self.integral = 0.0  # fraction of the candidates; in the pure PI, sum of the smoothed errors
         self.lost = 0  # samples reported lost since the last update
+        self.stops = (-5 * config.temperature, 1 + 5 * config.temperature)  # beyond, θ moves nothing
         self.value = config.initial_threshold if not config.feedforward else 0.5
         self.solved = self.value
 
@@ -1366,7 +1369,7 @@ class Controller:
         else:
             self.solved = self.config.initial_threshold
             correction = self.config.adapt_kp * self.error + self.config.adapt_ki * self.integral
-            self.value = min(1.5, max(-0.5, self.solved - correction))
+            self.value = min(self.stops[1], max(self.stops[0], self.solved - correction))
         return self.value
 
     def update(self, activated: int, candidates: int, target: float, exact: bool) -> None:
@@ -1380,7 +1383,7 @@ class Controller:
         if self.config.feedforward:
             room = min(target, 1 - target)  # anti-windup: ask for at most that much more or less
             self.integral = min(room, max(-room, self.integral + self.KI * self.error))
-        elif -0.5 < self.value < 1.5 or self.error * (self.value - 0.5) > 0:
+        elif self.stops[0] < self.value < self.stops[1] or self.error * (self.value - 0.5) > 0:
             self.integral += self.error  # anti-windup: not beyond a threshold that is already at its stop
 
     def state(self, target: float) -> dict[str, float]:
@@ -1464,9 +1467,11 @@ class RememberedGate:
         u = self.memory.rank(candidates)
         overdue = self.overdue(candidates, target)
         waiting = u[~overdue]
-        solved = solve_threshold(waiting, target * m - (m - len(waiting)), target)
-        threshold = self.controller.threshold(solved, threshold_slope(waiting, solved, target))
-        p = activation_probability(u, threshold, target)
+        temperature = self.config.temperature
+        solved = solve_threshold(waiting, target * m - (m - len(waiting)), target, temperature)
+        slope = threshold_slope(waiting, solved, target, temperature)
+        threshold = self.controller.threshold(solved, slope)
+        p = activation_probability(u, threshold, target, temperature)
         taken, self.phase = systematic(torch.where(overdue, 1.0, p), self.phase)
         self.controller.update(len(taken), m, target, exact=self.config.feedforward)
         self.clock += m / len(self.memory.visited)

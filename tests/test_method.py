@@ -69,17 +69,17 @@ def test_memory_takes_at_most_16_bytes_a_sample(cifar):
 # --- gate and selection ---
 
 
-@given(ranks=RANKS, target=TARGETS)
-def test_the_solved_threshold_meets_the_count(cifar, ranks, target):
+@given(ranks=RANKS, target=TARGETS, temperature=st.sampled_from([0.01, 0.1, 0.5, 1.0]))
+def test_the_solved_threshold_meets_the_count(cifar, ranks, target, temperature):
     u = torch.tensor(ranks)
-    theta = cifar.solve_threshold(u, target * len(u), target)
-    total = float(cifar.activation_probability(u, theta, target).sum())
+    theta = cifar.solve_threshold(u, target * len(u), target, temperature)
+    total = float(cifar.activation_probability(u, theta, target, temperature).sum())
     assert total == pytest.approx(target * len(u), rel=1e-3, abs=1e-3)
 
 
 @given(ranks=RANKS, target=TARGETS, theta=st.floats(-0.5, 1.5))
 def test_probability_rises_with_rank_and_never_falls_below_the_floor(cifar, ranks, target, theta):
-    p = cifar.activation_probability(torch.tensor(sorted(ranks)), theta, target)
+    p = cifar.activation_probability(torch.tensor(sorted(ranks)), theta, target, 0.3)
     assert (p.diff() >= 0).all()
     assert (p >= 0.25 * target - 1e-6).all()
     assert (p <= 1).all()
@@ -88,9 +88,9 @@ def test_probability_rises_with_rank_and_never_falls_below_the_floor(cifar, rank
 @given(ranks=RANKS, target=TARGETS)
 def test_the_slope_is_the_derivative_of_the_rate(cifar, ranks, target):
     u, theta, step = torch.tensor(ranks, dtype=torch.float64), 0.5, 1e-5
-    above = cifar.activation_probability(u, theta + step, target).mean()
-    below = cifar.activation_probability(u, theta - step, target).mean()
-    assert cifar.threshold_slope(u, theta, target) == pytest.approx(
+    above = cifar.activation_probability(u, theta + step, target, 0.2).mean()
+    below = cifar.activation_probability(u, theta - step, target, 0.2).mean()
+    assert cifar.threshold_slope(u, theta, target, 0.2) == pytest.approx(
         float(above - below) / (2 * step), rel=1e-3, abs=1e-6
     )
 
@@ -180,10 +180,11 @@ def test_feedback_restores_the_rate_when_samples_are_lost(cifar, generator, targ
     assert gate.controller.integral > 0
 
 
-def test_the_gate_prefers_high_significance_but_visits_everything(cifar, generator):
+@pytest.mark.parametrize("temperature,preference", [(0.05, 3), (0.5, 1.5)])
+def test_the_gate_prefers_high_significance_but_visits_everything(cifar, generator, temperature, preference):
     n, target = 2000, 0.2
     loss = torch.linspace(0, 1, n)
-    gate = cifar.RememberedGate(cifar.ASTConfig(), n)
+    gate = cifar.RememberedGate(cifar.ASTConfig(temperature=temperature), n)
     gate.observe(torch.arange(n), loss)
     count = torch.zeros(n)
     for _ in range(30):
@@ -191,7 +192,7 @@ def test_the_gate_prefers_high_significance_but_visits_everything(cifar, generat
             indices, _ = gate.select(candidates, target, generator)
             gate.observe(indices, loss[indices])
             count[indices] += 1
-    assert count[-200:].mean() > 3 * count[:200].mean()
+    assert count[-200:].mean() > preference * count[:200].mean()
     assert (count > 0).all()
 
 

@@ -619,7 +619,8 @@ def test_a_checkpoint_survives_a_full_disk_and_resumes_once_there_is_room(
 ):
     made = copied(stopped, tmp_path)
     before = files(tmp_path / "out" / "checkpoints")
-    err = made.refuse("--resume", "--out", "out", preexec_fn=at_most(1_000_000))
+    flags = ("--resume", "--out", "out", "--checkpoint-seconds", 0)
+    err = made.refuse(*flags, preexec_fn=at_most(1_000_000))
     assert str(Path("out", "checkpoints")) in err
     assert files(tmp_path / "out" / "checkpoints") == before
     made.run("--resume", "--out", "out")
