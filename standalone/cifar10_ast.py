@@ -66,6 +66,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
 import zlib
 from collections import deque
@@ -124,7 +125,7 @@ class Settings:
     ramp_epochs: int | None = None  # whole epochs from everything down to the target; 20 % if None
     anneal_epochs: int | None = None  # whole epochs on everything at the end; 12.5 % if None
     significance: str = "loss"  # loss, loss+entropy, loss+intensity or gradient
-    temperature: float = 0.5  # T, softness of the gate's edge in ranks; 0.1 chooses hard samples strictly
+    temperature: float = 0.25  # T, softness of the gate's edge in ranks; 0.1 chooses hard samples strictly
     weight_gamma: float = 0.5  # γ of the weights (p/a)^-γ; 0 weighs all alike, 1 is unbiased
     live_rule: str = "threshold"  # threshold or topk, for --gate live
     score_scale: float = 1.0  # image side used for live scoring, fraction of the full side in (0, 1]
@@ -656,7 +657,9 @@ def decode_all(names: list[str], read: Callable[[str], bytes]) -> tuple[np.ndarr
 
     with (
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
-        tqdm(total=len(names), desc="decoding", unit=" images", leave=False, mininterval=0.5) as bar,
+        tqdm(
+            total=len(names), desc="decoding", unit=" images", leave=False, mininterval=0.5, disable=None
+        ) as bar,
     ):
         for count in pool.map(work, range(0, len(names), 256)):
             bar.update(count)
@@ -854,7 +857,7 @@ def fetch(url: str, part: Path, slowest: float) -> None:
         total = have + int(response.headers.get("Content-Length") or 0)
         with (
             part.open("ab" if have else "wb") as file,
-            tqdm(desc="CIFAR-10", total=total, initial=have, unit="B", unit_scale=True) as bar,
+            tqdm(desc="CIFAR-10", total=total, initial=have, unit="B", unit_scale=True, disable=None) as bar,
         ):
             since, received = time.monotonic(), 0
             while chunk := response.read1(1 << 18):
@@ -1084,6 +1087,9 @@ SIGNIFICANCES = ("loss", "loss+entropy", "loss+intensity", "gradient")
 class BadInput(ValueError):
     """Something a person can mend; the message is one sentence. A script ends with exit status 2 on it."""
 
+    def __init__(self, sentence: str):
+        super().__init__(" ".join(str(sentence).splitlines()))
+
 
 def whole(low: int) -> Callable[[object], bool]:
     return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= low
@@ -1166,7 +1172,7 @@ class ASTConfig:
     ramp_epochs: int | None = None
     anneal_epochs: int | None = None
     significance: str = "loss"
-    temperature: float = 0.5
+    temperature: float = 0.25
     weight_gamma: float = 0.5
     live_rule: str = "threshold"
     score_scale: float = 1.0
@@ -1294,7 +1300,7 @@ class Memory:
 #
 # Ranks keep their meaning while losses fall, so one $\theta$ scale serves the whole run. The floor $f$ keeps
 # looking at easy samples (they may have been forgotten). The temperature $T$ makes the edge soft: a hard cut
-# trains the same few samples over and over, while at $T = \tfrac12$ a hard sample is a few times likelier
+# trains the same few samples over and over, while at $T = \tfrac14$ a hard sample is a few times likelier
 # than an easy one, no more. $\theta$ is *solved for*: the one value with $\sum p = a\,n$.
 
 
@@ -1720,7 +1726,8 @@ def flops_per_sample(
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     devices = [images.device] if images.is_cuda else []
-    with torch.random.fork_rng(devices=devices), FlopCount() as counter:
+    exact = nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH)  # the CPU's fused attention has no formula
+    with torch.random.fork_rng(devices=devices), exact, FlopCount() as counter:
         torch.backends.mha.set_fastpath_enabled(False)  # the fast path is one operator without a formula
         try:
             twin = copy.deepcopy(model)
@@ -1737,22 +1744,35 @@ def flops_per_sample(
 
 # %% The ledger: joules tags=["shared"]
 class EnergyMeter:
-    """Joules since it was made, from the best sensor there is; `joules()` is None where there is none.
+    """Joules since it was made, from the best sensor there is.
 
-    `method` is nvml-counter, nvml-polled, rapl or unavailable; `reason` says why, for the last.
+    `method` is nvml-counter, nvml-polled, rapl or unavailable; `reason` says why, for the last. A sensor that
+    fails later becomes unavailable too, rather than stand still.
     """
 
     def __init__(self, device: torch.device, powercap: Path = Path("/sys/class/powercap")):
         self.method, self.reason = "unavailable", ""
-        self.joules: Callable[[], float | None] = lambda: None
+        self._read: Callable[[], float] = lambda: 0.0
         try:
-            (self._open_nvml if device.type == "cuda" else self._open_rapl)(
-                (device.index or 0) if device.type == "cuda" else powercap
-            )
-        except (
-            Exception
-        ) as error:  # a sensor that fails in any way is one we do not have; the reason is shown
-            self.reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            if device.type == "cuda":
+                self._open_nvml(device.index or 0)
+            else:
+                self._open_rapl(powercap)
+        except Exception as error:  # drivers fail in many ways, and none may stop the training
+            self._give_up(error)
+
+    def joules(self) -> float | None:
+        """Joules so far; None where there is no sensor."""
+        if self.method == "unavailable":
+            return None
+        try:
+            return self._read()
+        except Exception as error:
+            self._give_up(error)
+            return None
+
+    def _give_up(self, error: Exception) -> None:
+        self.method, self.reason = "unavailable", f"{type(error).__name__}: {error}".splitlines()[0]
 
     def _open_nvml(self, index: int) -> None:
         import pynvml  # optional
@@ -1764,7 +1784,7 @@ class EnergyMeter:
         except pynvml.NVMLError:  # no counter before Volta, such as on P100
             self._poll(lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1000)
         else:
-            self.joules = lambda: (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - start) / 1000
+            self._read = lambda: (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - start) / 1000
             self.method = "nvml-counter"
 
     def _poll(self, watts: Callable[[], float], seconds: float = 0.05) -> None:
@@ -1772,25 +1792,27 @@ class EnergyMeter:
 
         def sample() -> None:
             nonlocal total, last
-            while True:
+            while self.method == "nvml-polled":
                 time.sleep(seconds)
-                now = (time.monotonic(), watts())
+                try:
+                    now = (time.monotonic(), watts())
+                except Exception as error:
+                    return self._give_up(error)
                 total += (now[0] - last[0]) * 0.5 * (now[1] + last[1])
                 last = now
 
+        self._read, self.method = lambda: total, "nvml-polled"
         threading.Thread(target=sample, daemon=True, name="power").start()
-        self.joules, self.method = lambda: total, "nvml-polled"
 
     def _open_rapl(self, powercap: Path) -> None:
         packages = sorted(p for p in powercap.glob("intel-rapl:*") if re.fullmatch(r"intel-rapl:\d+", p.name))
         if not packages:
-            self.reason = f"no RAPL counter under {powercap} (virtual machines rarely show one)"
-            return
+            raise FileNotFoundError(f"no RAPL counter under {powercap} (virtual machines rarely show one)")
         wraps = [int((p / "max_energy_range_uj").read_text()) for p in packages]
         last = [int((p / "energy_uj").read_text()) for p in packages]
         total = 0.0
 
-        def joules() -> float:
+        def read() -> float:
             nonlocal total
             for i, (package, wrap) in enumerate(zip(packages, wraps, strict=True)):
                 now = int((package / "energy_uj").read_text())
@@ -1798,7 +1820,7 @@ class EnergyMeter:
                 last[i] = now
             return total
 
-        self.joules, self.method = joules, "rapl"
+        self._read, self.method = read, "rapl"
 
 
 @functools.cache
@@ -1843,7 +1865,7 @@ class Ledger:
         if self.open:
             account = self.accounts[self.open]
             account.seconds += now[0] - self.since[0]
-            if now[1] is not None:
+            if now[1] is not None and self.since[1] is not None:
                 account.joules = (account.joules or 0.0) + now[1] - self.since[1]
         before, self.open, self.since = self.open, phase, now
         return before
@@ -1909,7 +1931,9 @@ class ArraySource:
         view: Callable | None = None,
     ):
         """images [N, ...], labels [N]; `view(images, generator)` makes a batch the model's input."""
-        self.images = torch.as_tensor(images).to(device)
+        with warnings.catch_warnings():  # memory-mapped arrays are read-only, and we only read
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            self.images = torch.as_tensor(images).to(device)
         self.labels = torch.as_tensor(labels).long().to(device)
         if len(self.images) != len(self.labels):
             raise BadInput(
@@ -2013,8 +2037,12 @@ class DatasetSource:
         return as_input(images), labels.long()
 
     def in_order(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """All samples as the user's own loader gives them, for evaluation."""
-        yield from map(self.move, self.loader)
+        """All samples as the user's own loader gives them, for evaluation. Raises BadInput."""
+        try:
+            yield from map(self.move, self.loader)
+        except OSError as error:
+            text = f"a validation sample ({error}): expected readable ones; mend or remove it"
+            raise BadInput(text) from error
 
 
 Source = ArraySource | DatasetSource
@@ -2181,9 +2209,9 @@ def pick_device(name: str) -> torch.device:
 def has_code_for(capability: tuple[int, int], architectures: list[str]) -> bool:
     """Whether a GPU can run code built for `architectures`: sm_XY of its generation, or older compute_XY."""
     for name in architectures:
-        kind, _, digits = name.rstrip("af").partition("_")
-        built = (int(digits[:-1]), int(digits[-1]))
-        if built <= capability and (kind == "compute" or built[0] == capability[0]):
+        parts = re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", name)
+        built = (int(parts[2]), int(parts[3])) if parts else (math.inf, 0)
+        if built <= capability and (parts[1] == "compute" or built[0] == capability[0]):
             return True
     return False
 
@@ -2222,25 +2250,32 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def guarded_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, before: list
+    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, before: list[Tensor]
 ) -> Tensor:
-    """Steps unless the gradients are not finite; returns that as a bool on the device.
+    """Steps, or leaves no trace where the gradients are not finite; returns which, a bool on the device.
 
-    before: the floating-point buffers as they were before the forward pass. With fp16 and an optimizer that
-    is not fused, GradScaler reads its own flag once a step.
+    before: the floating-point buffers as they were before the forward pass. An optimizer that is not fused
+    costs one sync a step on a GPU: for fp16 GradScaler reads its own flag, and Adam counts steps on the CPU.
     """
     weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     scaler.unscale_(optimizer)
     ok = nn.utils.get_total_norm([p.grad for p in weights]).isfinite()
-    held = [p.detach().clone() for p in weights]
-    for p in weights:
-        p.grad = torch.where(ok, p.grad, 0)  # keeps the momentum clean
+    held = [(p, p.detach().clone()) for p in weights]
+    held += [(value, value.clone()) for p in weights for value in moments(optimizer, p)]
+    known = {id(value) for value, _ in held}
     scaler.step(optimizer)
     scaler.update()
     with torch.no_grad():
-        for p, old in zip([*weights, *float_buffers(model)], [*held, *before], strict=True):
-            p.copy_(torch.where(ok, p, old))
+        fresh = [
+            (v, torch.zeros_like(v)) for p in weights for v in moments(optimizer, p) if id(v) not in known
+        ]
+        for value, old in [*held, *fresh, *zip(float_buffers(model), before, strict=True)]:
+            value.copy_(torch.where(ok.to(value.device, non_blocking=True), value, old))
     return ok
+
+
+def moments(optimizer: torch.optim.Optimizer, weight: Tensor) -> list[Tensor]:
+    return [value for value in optimizer.state.get(weight, {}).values() if isinstance(value, Tensor)]
 
 
 def float_buffers(model: nn.Module) -> list[Tensor]:
@@ -2499,7 +2534,8 @@ class AdaptiveSparseTrainer:
         """Significance [m] of views by the model as it is now, at `score_scale` of the resolution."""
         small = self._shrink(images)
         if "scoring" not in self.flops:
-            self._count_scoring(small[:2])
+            self.refuse_scale(images)
+            self._count_flops("scoring", small[:2])
         self.ledger.accounts["scoring"].flops += len(images) * self.flops["scoring"]
         with evaluating(self.model), self.autocast():
             return significance(self.model(small), labels, images, self.config.significance)
@@ -2560,7 +2596,8 @@ class AdaptiveSparseTrainer:
         self._count_flops("training", images[:2])
         self._count_flops("evaluation", images[:2])
         if isinstance(self.gate, LiveGate) and "scoring" not in self.flops:
-            self._count_scoring(self._shrink(images[:2]))
+            self.refuse_scale(images)
+            self._count_flops("scoring", self._shrink(images[:2]))
 
     def _count_flops(self, mode: str, images: Tensor) -> None:
         phase = self.ledger.switch(None)
@@ -2569,13 +2606,16 @@ class AdaptiveSparseTrainer:
         )
         self.ledger.switch(phase)
 
-    def _count_scoring(self, images: Tensor) -> None:
+    def refuse_scale(self, images: Tensor) -> None:
+        """Raises BadInput where the model cannot take images [B, ...] at `score_scale` of their size."""
+        small = self._shrink(images[:2])
         try:
-            self._count_flops("scoring", images)
+            with evaluating(self.model), self.autocast():
+                self.model(small)
         except RuntimeError as error:
             raise BadInput(
                 f"score_scale {self.config.score_scale}: expected a model that takes images of "
-                f"{images.shape[-2]} x {images.shape[-1]} pixels; use 1 ({str(error).splitlines()[0]})"
+                f"{small.shape[-2]} x {small.shape[-1]} pixels; use 1 ({str(error).splitlines()[0]})"
             ) from error
 
     def _count(self, samples: int) -> None:
@@ -2688,7 +2728,7 @@ class AdaptiveSparseTrainer:
             "flops_per_sample": dict(self.flops),
             "flops_uncounted": self.uncounted,
             "unit_energy": total.unit_energy,
-            "joules": total.joules,
+            "joules": total.joules if self.ledger.meter.method != "unavailable" else None,
             "joules_method": self.ledger.meter.method
             + (f" ({self.ledger.meter.reason})" if self.ledger.meter.reason else ""),
             "peak_memory_mib": peak_memory_mib(self.device),
@@ -2803,7 +2843,8 @@ def write_whole(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(draft, path)
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink()
         raise cannot_write(path, error) from error
 
 
@@ -2830,11 +2871,15 @@ def save_checkpoint(folder: Path, state: dict) -> Path:
 
 def load_checkpoint(folder: Path, say: Callable[[str], None]) -> dict | None:
     """The newest whole checkpoint in `folder`, or None. Says so where a damaged one is passed over."""
+    damaged = []
     for path in sorted(folder.glob("*.ckpt"), reverse=True):
         content = path.read_bytes()
         if hashlib.sha256(content[32:]).digest() == content[:32]:
+            for other in damaged:  # else one would count among the two that are kept
+                other.unlink()
             return torch.load(io.BytesIO(content[32:]), weights_only=True, map_location="cpu")
         say(f"warning: {path} is damaged; trying the checkpoint before it")
+        damaged.append(path)
     return None
 
 
@@ -3176,6 +3221,8 @@ def resolve(
             + (f", such as {close[0]}" if close else "; --help lists them")
         )
     for name, value in vars(parsed).items():
+        if not isinstance(value, str | bool):
+            raise BadInput(f"{flag(name)} {value}: expected one value; --help lists the flags")
         values[name] = value if isinstance(value, bool) else convert(name, kinds[name], value, flag(name))
         given[name] = flag(name)
     rules = RULES | {name: one_of(names) for name, names in CHOICES.items()}
@@ -3251,10 +3298,14 @@ def take_up(settings: object, given: dict[str, str]) -> object:
     config = Path(settings.out) / "config.json"
     if not config.exists():
         return settings
-    stored = json.loads(config.read_text(encoding="utf-8"))["settings"]
+    try:
+        stored = json.loads(config.read_text(encoding="utf-8"))["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{config}: expected the settings of a run; start afresh without --resume") from error
     for name, how in given.items():
         value = getattr(settings, name)
-        if name not in FREE_ON_RESUME and value not in (None, "auto") and value != stored.get(name, value):
+        left_open = value is None or (name in ("device", "amp") and value == "auto")
+        if name not in FREE_ON_RESUME and not left_open and value != stored.get(name, value):
             raise BadInput(
                 f"{how} {value}: expected {stored[name]}, as in the run that "
                 f"{settings.out} holds; leave it out, or start afresh without --resume"
@@ -3279,7 +3330,7 @@ class Run:
         learned = settings.gate in ("remembered", "live")
         others = [] if settings.compare in ("", "none") else settings.compare.split(",")
         self.policies = list(dict.fromkeys(["ast" if learned else settings.gate, *others]))
-        self.seeds = [int(seed) for seed in settings.seeds.split(",")]
+        self.seeds = list(dict.fromkeys(int(seed) for seed in settings.seeds.split(",")))
 
     def execute(self) -> dict:
         """Trains what is not finished yet and returns the summary."""
@@ -3293,6 +3344,7 @@ class Run:
         if self.settings.resume and stored is None:
             self.say(f"no checkpoint to resume in {self.out}: starting afresh")
         if stored is None:
+            self._refuse_early()
             make_room(self.out)
             config = {"program": PROGRAM, "settings": asdict(self.settings)}
             write_whole(self.out / "config.json", json.dumps(config, indent=2).encode())
@@ -3307,7 +3359,15 @@ class Run:
                     stored = None
         return self.close()
 
-    def _train(self, policy: str, seed: int, stored: dict | None) -> None:
+    def _refuse_early(self) -> None:
+        """Raises BadInput for what would otherwise come out only once an earlier run has been moved away."""
+        Schedule.of(ASTConfig.from_settings(self.settings), self.settings.epochs)
+        trainer = self._trainer(self.policies[0], self.seeds[0])
+        if isinstance(trainer.gate, LiveGate):
+            _, images, _ = next(trainer.train_source.stream([torch.arange(2)]))
+            trainer.refuse_scale(images)
+
+    def _trainer(self, policy: str, seed: int) -> AdaptiveSparseTrainer:
         torch.manual_seed(seed)
         model = build_model(self.settings, len(self.data.classes))
         optimizer, criterion = recipe(self.settings, model)
@@ -3315,7 +3375,7 @@ class Run:
         if policy != "ast":
             config = replace(config, gate=policy)
         device = torch.device(config.device)
-        self.trainer = AdaptiveSparseTrainer(
+        return AdaptiveSparseTrainer(
             model,
             ArraySource(self.data.train_images, self.data.train_labels, device, config.batch_size, augment),
             ArraySource(self.data.val_images, self.data.val_labels, device, config.batch_size, plain_view),
@@ -3330,12 +3390,15 @@ class Run:
             save=self.save,
             save_seconds=self.settings.checkpoint_seconds,
         )
+
+    def _train(self, policy: str, seed: int, stored: dict | None) -> None:
+        self.trainer = self._trainer(policy, seed)
         if stored and stored["trainer"] is not None:
             self.trainer.load_state_dict(stored["trainer"])
         result = self.trainer.train()
         if policy == self.policies[0] and seed == self.seeds[0]:
             buffer = io.BytesIO()
-            torch.save({name: value.cpu() for name, value in model.state_dict().items()}, buffer)
+            torch.save({name: value.cpu() for name, value in self.trainer.model.state_dict().items()}, buffer)
             write_whole(self.out / "model.pt", buffer.getvalue())
         if result["complete"]:
             self.finished.append(result)
@@ -3380,8 +3443,11 @@ class Run:
             "complete": complete,
             "stopped_by": None if complete else self.controls.stop,
             "policies": policies,
-            "measured": measured(policies, self.policies[0]),
+            "measured": measured({p: v for p, v in policies.items() if self._whole(p)}, self.policies[0]),
         }
+
+    def _whole(self, policy: str) -> bool:
+        return sum(r["policy"] == policy for r in self.finished) == len(self.seeds)
 
     def close(self) -> dict:
         """Writes summary.json and curves.png, and returns the summary."""
@@ -3533,7 +3599,9 @@ def run(
         controls.deadline = time.monotonic() + 60 * settings.time_limit
     finished = Path(settings.out) / "summary.json"
     if settings.resume and finished.exists():
-        summary = json.loads(finished.read_text(encoding="utf-8"))
+        summary = {"complete": False}
+        with contextlib.suppress(ValueError):  # a damaged summary is written anew
+            summary = json.loads(finished.read_text(encoding="utf-8"))
         if summary["complete"]:
             say(f"the run in {settings.out} is finished: nothing to do")
             return summary
@@ -3554,7 +3622,7 @@ def main() -> int:
     def stop(number: int, frame: object) -> None:
         controls.stop = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
-        print(f"{controls.stop}: saving and stopping; once more to stop at once", file=sys.stderr)
+        os.write(2, f"{controls.stop}: saving and stopping; once more to stop at once\n".encode())
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)

@@ -377,6 +377,7 @@ def test_the_nvml_counter_is_read_in_millijoules_since_the_start(cifar, monkeypa
     assert meter.joules() == pytest.approx(12.345)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_without_a_counter_power_is_polled_at_ten_hertz_or_more(cifar, monkeypatch):
     now, power = [50.0], [100_000]
     asleep, wake = queue.Queue(), queue.Queue()
@@ -1090,6 +1091,7 @@ def test_after_a_fall_back_two_whole_checkpoints_are_kept_again(cifar, tmp_path)
     for number in range(2):
         newest = cifar.save_checkpoint(tmp_path, state(number))
     newest.write_bytes(b"damaged")
+    assert loaded(cifar, tmp_path)[0]["number"] == 0
     newest = cifar.save_checkpoint(tmp_path, state(2))
     newest.write_bytes(b"damaged as well")
     assert loaded(cifar, tmp_path)[0]["number"] == 0
