@@ -971,7 +971,10 @@ def drawn(size: int) -> ImageData:
 
 # %% Two models
 def simple_cnn(classes: int) -> nn.Module:
-    """Conv 32-64-128, each with ReLU and 2x2 max-pool, then 2048 -> 256 -> classes: {simple_cnn_size}."""
+    """Conv 32-64-128, each with ReLU and 2x2 max-pool, then 2048 -> 256 -> classes.
+
+    For ten classes 620,362 parameters; 21.7 MFLOPs an image forward, 63.3 with the backward pass.
+    """
     blocks: list[nn.Module] = []
     for inputs, outputs in ((3, 32), (32, 64), (64, 128)):
         blocks += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
@@ -995,7 +998,10 @@ def convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 
 
 def resnet(classes: int) -> nn.Module:
-    """A stem and three stages of one stride-2 convolution and one residual block: {resnet_size}."""
+    """A stem and three stages of one stride-2 convolution and one residual block.
+
+    For ten classes 1,941,546 parameters; 143.3 MFLOPs an image forward, 428.2 with the backward pass.
+    """
     blocks: list[nn.Module] = [convolution(3, 32)]
     for inputs, outputs in ((32, 64), (64, 128), (128, 256)):
         blocks += [convolution(inputs, outputs, stride=2), Residual(outputs)]
@@ -1015,14 +1021,19 @@ def build_model(settings: Settings, classes: int) -> nn.Module:
 # training device. No worker processes, no per-sample Python, and nothing at all for a skipped sample.
 
 # %% Views and the recipe
-PIXEL_MEAN, PIXEL_STD = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)  # of CIFAR-10's training set, 0 to 255
+PIXEL_MEAN, PIXEL_STD = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)  # of CIFAR-10, 0 to 255
 
 
 def normalise(images: Tensor) -> Tensor:
     """uint8 [B, H, W, 3] to float [B, 3, H, W] of about zero mean and unit variance, channels last."""
-    mean = torch.tensor(PIXEL_MEAN, device=images.device)
-    std = torch.tensor(PIXEL_STD, device=images.device)
+    mean, std = pixel_statistics(images.device)
     return ((images - mean) / std).permute(0, 3, 1, 2)
+
+
+@functools.cache
+def pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each colour, copied to the device once: a copy in every step would wait."""
+    return torch.tensor(PIXEL_MEAN, device=device), torch.tensor(PIXEL_STD, device=device)
 
 
 def plain_view(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -2210,7 +2221,9 @@ def has_code_for(capability: tuple[int, int], architectures: list[str]) -> bool:
     """Whether a GPU can run code built for `architectures`: sm_XY of its generation, or older compute_XY."""
     for name in architectures:
         parts = re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", name)
-        built = (int(parts[2]), int(parts[3])) if parts else (math.inf, 0)
+        if not parts:  # another maker's names, which we cannot judge
+            return True
+        built = (int(parts[2]), int(parts[3]))
         if built <= capability and (parts[1] == "compute" or built[0] == capability[0]):
             return True
     return False
@@ -2270,7 +2283,7 @@ def guarded_step(
             (v, torch.zeros_like(v)) for p in weights for v in moments(optimizer, p) if id(v) not in known
         ]
         for value, old in [*held, *fresh, *zip(float_buffers(model), before, strict=True)]:
-            value.copy_(torch.where(ok.to(value.device, non_blocking=True), value, old))
+            value.copy_(torch.where(ok.to(value.device), value, old))
     return ok
 
 

@@ -1,9 +1,11 @@
 """What the documents say is what the program does and what was measured."""
 
+import contextlib
 import re
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "docs"))
@@ -22,6 +24,16 @@ def test_every_public_name_has_a_docstring(cifar):
     for names in make_docs.CHAPTERS.values():
         for name in names:
             assert getattr(cifar, name).__doc__, name
+
+
+@pytest.mark.parametrize("name", ["simple_cnn", "resnet"])
+def test_a_model_states_its_size_as_it_is_counted(cifar, name):
+    model, images = getattr(cifar, name)(10), torch.zeros(2, 3, 32, 32)
+    stated = getattr(cifar, name).__doc__
+    assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in stated
+    for training in (False, True):
+        flops, _ = cifar.flops_per_sample(model, images, training, contextlib.nullcontext)
+        assert f"{flops / 1e6:.1f}" in stated
 
 
 def test_every_setting_has_a_comment_and_a_row_in_the_readme(cifar):
