@@ -2336,6 +2336,7 @@ class Epoch:
 
     plan: Plan
     started: float  # training seconds on the ledger when it began
+    scored: float  # scoring seconds then, which are no waiting for data
     loss: float = 0.0  # sum over the trained samples
     trained: int = 0  # samples with a finite loss
     activated: int = 0  # samples that went through a step
@@ -2399,7 +2400,7 @@ class AdaptiveSparseTrainer:
         self.controls = controls or Controls()
         self.rates, self.seed = rates, seed
         self.save, self.save_seconds, self.saved_at = save, save_seconds, time.monotonic()
-        self.schedule: Schedule | None = None
+        self.taken_up = False  # a loaded state is what the next `train` goes on with
 
     def _make_gate(self) -> object:
         if self.config.gate == "remembered":
@@ -2413,14 +2414,15 @@ class AdaptiveSparseTrainer:
     # --- a run ---
 
     def train(self, epochs: int | None = None, warmup_epochs: int | None = None) -> dict:
-        """Trains to the end, or until `controls` stops it, and returns the results.
+        """Trains to the end, or until `controls` stops it, and returns the results; again trains further.
 
         Keys: final_accuracy and best_accuracy (percent), activation_rate (fraction), energy_savings (percent,
         unit model), speedup with speedup_method, train_seconds, total_seconds, flops, joules with
         joules_method, phases, and epochs, the rows of metrics.jsonl.
         """
-        if self.schedule is None:
+        if not self.taken_up:
             self._begin(epochs, warmup_epochs)
+        self.taken_up = False
         self.emit(
             "start", policy=self.policy, seed=self.seed, epochs=self.schedule.epochs, n=len(self.train_source)
         )
@@ -2455,6 +2457,8 @@ class AdaptiveSparseTrainer:
         self.progress = 0.0
         self.flops: dict[str, float] = {}
         self.uncounted: list[str] = []
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         if not self.model.training:
             self.model.train()
         for name in ("initial_threshold", "adapt_kp", "adapt_ki") if config.feedforward else ():
@@ -2472,7 +2476,8 @@ class AdaptiveSparseTrainer:
         if self.epoch is None:
             kept = self.alive.nonzero().flatten()
             order = kept[torch.randperm(len(kept), generator=self.generator)].to(torch.int32)
-            self.epoch = Epoch(self._plan(order), self.ledger.seconds(TRAINING_PHASES))
+            started, scored = self.ledger.seconds(TRAINING_PHASES), self.ledger.seconds(["scoring"])
+            self.epoch = Epoch(self._plan(order), started, scored)
         self.unfinished = True
         waiting = time.perf_counter()
         for batch in self._batches(self.epoch.plan):
@@ -2686,6 +2691,7 @@ class AdaptiveSparseTrainer:
                 text=f"epoch {number + 1}: {epoch.spoiled} steps not taken, their gradients not being finite",
             )
         seconds = self.ledger.seconds(TRAINING_PHASES) - epoch.started
+        waited = epoch.waited - (self.ledger.seconds(["scoring"]) - epoch.scored)
         accuracy = self.evaluate()
         spent = self.ledger.total()
         controller = getattr(self.gate, "controller", None)
@@ -2706,7 +2712,7 @@ class AdaptiveSparseTrainer:
             "activated": epoch.activated,
             "seconds": seconds,
             "elapsed_seconds": spent.seconds,
-            "data_wait_percent": 100 * epoch.waited / seconds,
+            "data_wait_percent": 100 * waited / seconds,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
         }
         self.rows.append(row)
@@ -2792,7 +2798,7 @@ class AdaptiveSparseTrainer:
         self._begin(state["schedule"]["epochs"], None)
         for name in ("model", "optimizer", "scaler", "gate", "ledger"):
             getattr(self, name).load_state_dict(state[name])
-        self.schedule = Schedule(**state["schedule"])
+        self.schedule, self.taken_up = Schedule(**state["schedule"]), True
         self.generator.set_state(state["generators"][0])
         self.train_source.generator.set_state(state["generators"][1])
         set_rng_states(self.device, state["generators"][2:])
@@ -2804,6 +2810,10 @@ class AdaptiveSparseTrainer:
         if state["epoch"] is not None:
             plan = self._plan(state["plan"]["order"])
             plan.load_state_dict(state["plan"])
+            plan.views = [
+                (indices, weights, images.to(self.device), labels.to(self.device))
+                for indices, weights, images, labels in plan.views
+            ]
             self.epoch = Epoch(plan, **state["epoch"])
 
 
@@ -2904,19 +2914,9 @@ def load_checkpoint(folder: Path, say: Callable[[str], None]) -> dict | None:
 
 # %% Records tags=["shared"]
 METRICS = (
-    *(
-        "policy",
-        "seed",
-        "epoch",
-        "phase",
-        "train_loss",
-        "val_accuracy",
-        "target_activation",
-        "activation_rate",
-    ),
-    *("mean_activation", "threshold", "controller", "candidates", "activated", "seconds", "elapsed_seconds"),
-    *("data_wait_percent", "learning_rate"),
-)
+    "policy seed epoch phase train_loss val_accuracy target_activation activation_rate mean_activation "
+    "threshold controller candidates activated seconds elapsed_seconds data_wait_percent learning_rate"
+).split()
 CHANGES = ("time", "candidates", "control", "old", "new", "set_at", "applied_at")
 
 
@@ -3263,12 +3263,12 @@ def let_device_decide(settings: object) -> tuple[object, dict[str, str]]:
         "local": ("runs", "."),
     }
     amp = {None: "off", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
-    found = {"device": str(device), "amp": amp} | default_recipe(device, dtype)
-    found |= {"out": f"{roots[where][0]}/{PROGRAM}", "data_dir": f"{roots[where][1]}/data"}
-    open_fields = {n: v for n, v in found.items() if getattr(settings, n) in (None, "auto")}
-    return replace(settings, **open_fields), dict.fromkeys(
-        open_fields, f"decided by the {device.type} device"
-    )
+    by_device = {"device": str(device), "amp": amp} | default_recipe(device, dtype)
+    by_platform = {"out": f"{roots[where][0]}/{PROGRAM}", "data_dir": f"{roots[where][1]}/data"}
+    reasons = dict.fromkeys(by_device, f"decided by the {device.type} device")
+    reasons |= dict.fromkeys(by_platform, f"decided by the {where} platform")
+    found = {n: v for n, v in (by_device | by_platform).items() if getattr(settings, n) in (None, "auto")}
+    return replace(settings, **found), {name: reasons[name] for name in found}
 
 
 # %% Why everything runs side by side [markdown] tags=["shared"]
@@ -3280,17 +3280,7 @@ def let_device_decide(settings: object) -> tuple[object, dict[str, str]]:
 
 # %% The whole run tags=["shared"]
 FREE_ON_RESUME = {"out", "resume", "time_limit", "checkpoint_seconds"}
-OUTPUTS = (
-    *(
-        "config.json",
-        "metrics.jsonl",
-        "events.jsonl",
-        "summary.json",
-        "curves.png",
-        "model.pt",
-        "checkpoints",
-    ),
-)
+OUTPUTS = "config.json metrics.jsonl events.jsonl summary.json curves.png model.pt checkpoints".split()
 
 
 def make_room(out: Path) -> None:
@@ -3477,9 +3467,9 @@ class Run:
 
 
 MEANS = (
-    *("final_accuracy", "best_accuracy", "activation_rate", "candidates", "activated"),
-    *("train_seconds", "total_seconds", "flops", "unit_energy"),
-)
+    "final_accuracy best_accuracy activation_rate candidates activated train_seconds total_seconds flops "
+    "unit_energy"
+).split()
 
 
 def mean_result(results: list[dict]) -> dict | None:

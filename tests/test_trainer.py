@@ -348,6 +348,14 @@ def test_frozen_batch_norm_stays_frozen(cifar, loaders, model):
     assert torch.equal(norm.running_mean, before)
 
 
+def test_training_again_goes_on_with_the_model_and_what_the_gate_remembers(cifar, loaders, model):
+    trainer = cifar.AdaptiveSparseTrainer(model, *loaders, {"lr": 1e-4}, listeners=[])
+    first, second = trainer.train(epochs=2), trainer.train(epochs=3)
+    assert len(second["epochs"]) == 3
+    assert second["epochs"][0]["train_loss"] < first["epochs"][0]["train_loss"]
+    assert trainer.gate.memory.significance.isfinite().all()
+
+
 def test_the_trainer_itself_prints_nothing(cifar, loaders, model, capfd):
     cifar.AdaptiveSparseTrainer(model, *loaders, listeners=[]).train(epochs=2)
     assert capfd.readouterr() == ("", "")
