@@ -145,7 +145,8 @@ ROWS: dict[str, list[tuple[str, Callable[[dict], str], str]]] = {
     ],
     "speed": [
         (
-            "seconds to 61.2 % on CIFAR-10 (the original report: 628 s on a P100): AST; full",
+            "seconds to 61.2 % on CIFAR-10 (the original report: 628 s on a P100): "
+            "AST, in its warm-up epoch; full",
             lambda r: "; ".join(
                 "not reached" if v is None else f"{v:.1f} s" for v in r["seconds_to_61.2_percent"].values()
             ),
