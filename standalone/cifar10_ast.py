@@ -32,7 +32,8 @@
 # selection in the same process, and prints what that saved and what it cost, whichever way it falls.
 #
 # <!-- measured -->
-# Nothing measured yet.
+# Measured on CIFAR-10 (as JPEGs), `simple_cnn`, 40 epochs on 10.4% of the samples, mean of 3 seeds: AST
+# 77.86 %, random selection of as many 77.62 %. cpu (Intel(R) Xeon(R) Processor, 2 threads), 2026-11-22.
 # <!-- /measured -->
 #
 # As a script, alone, anywhere:
@@ -3053,26 +3054,19 @@ def draw_accuracy(axes: object, results: list[dict], x: str, label: str) -> None
         rows, colour = result["epochs"], COLOURS.get(result["policy"], "black")
         axes.plot([r[x] for r in rows], [r["val_accuracy"] for r in rows], color=colour, marker=".")
     axes.set(title="Validation accuracy", xlabel=label, ylabel="accuracy (%)")
-    label_ends(axes, results, x)
+    label_ends(axes, results)
 
 
-def label_ends(axes: object, results: list[dict], x: str) -> None:
-    """Names each line at its end, pushed apart so that no two names overlap."""
+def label_ends(axes: object, results: list[dict]) -> None:
+    """Names each line at the right edge, at the height of its end, pushed apart so that no two overlap."""
     low, high = axes.get_ylim()
     step, last = 0.075 * (high - low), -math.inf
     for result in sorted(results, key=lambda r: r["epochs"][-1]["val_accuracy"]):
-        row = result["epochs"][-1]
-        last = max(row["val_accuracy"], last + step)
-        axes.annotate(
-            result["policy"],
-            (row[x], last),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            color=COLOURS.get(result["policy"], "black"),
+        last = max(result["epochs"][-1]["val_accuracy"], last + step)
+        colour = COLOURS.get(result["policy"], "black")
+        axes.text(
+            1.01, last, result["policy"], transform=axes.get_yaxis_transform(), va="center", color=colour
         )
-    axes.margins(x=0.2)
-    axes.set_ylim(low, max(high, last + 0.5 * step))
 
 
 def draw_rate(axes: object, results: list[dict]) -> None:
@@ -3142,7 +3136,7 @@ def draw_cost(axes: object, results: list[dict]) -> None:
         left = [a + b for a, b in zip(left, width, strict=True)]
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.set(title="Measured time", xlabel="seconds")
+    axes.set(title="Measured time (pale: evaluation)", xlabel="seconds")
 
 
 # %% Why one dataclass feeds all [markdown] tags=["shared"]
