@@ -254,6 +254,7 @@ def main() -> None:
     parser.add_argument("--data", default="shapes", help="shapes, cifar10 or a path")
     parser.add_argument("--seeds", default="0,1,2")
     options = parser.parse_args()
+    ast.keep_freed_memory()
     data = None
     for name in options.measures:
         if name in measures:
