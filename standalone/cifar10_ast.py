@@ -3580,10 +3580,10 @@ def report(summary: dict) -> str:
 
 # %% From a person's settings to results tags=["shared"]
 def keep_freed_memory() -> None:
-    """Tells glibc to keep freed memory rather than hand it back after a step and fault it in again in the next.
+    """Tells glibc to keep freed memory, not to hand it back after a step and fault it in again in the next.
 
-    On a CPU that took a third of the time of the first policy in a process, and of no other, so the comparison
-    was unfair to the gate under test. Does nothing without glibc.
+    On a CPU that took a third of the time of the first policy in a process, and of no other, so the
+    comparison was unfair to the gate under test. Does nothing without glibc.
     """
     with contextlib.suppress(OSError, AttributeError):
         glibc = ctypes.CDLL("libc.so.6")
