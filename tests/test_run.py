@@ -886,3 +886,14 @@ def test_importing_the_program_prints_and_writes_nothing(script):
     )
     assert (done.stdout, done.stderr) == ("", "")
     assert files(script.folder) == before
+
+
+@pytest.mark.slow
+def test_on_real_images_it_learns_and_calls_nothing_synthetic(script, real_cifar):
+    done = script("--data", real_cifar, "--train-size", 6000, "--epochs", 3, "--compare", "random", check=0)
+    summary = json.loads((script.folder / "runs" / "cifar10_ast" / "summary.json").read_text())
+    assert (summary["n_train"], summary["n_val"], summary["synthetic"]) == (6000, 10_000, False)
+    assert "SYNTHETIC" not in done.stdout
+    ours, random = summary["policies"]["ast"], summary["policies"]["random"]
+    assert ours["final_accuracy"] > 15  # chance is 10
+    assert ours["activated"] == random["activated"] == 6000 * 1.8
