@@ -206,13 +206,24 @@ def test_a_raised_target_does_not_make_everything_overdue_at_once(cifar, generat
     assert int(gate.overdue(candidates, 0.4).sum()) <= 0.5 * 0.4 * n
 
 
-def test_the_pure_loop_of_the_original_reports_finds_its_target(cifar, generator):
+@pytest.mark.parametrize("target", [0.05, 0.1, 0.4, 0.8])
+def test_the_pure_loop_with_the_documented_gains_finds_its_target(cifar, generator, target):
     n = 4000
-    config = cifar.ASTConfig(feedforward=False, initial_threshold=0.2, adapt_kp=0.2, adapt_ki=0.05)
-    gate = cifar.RememberedGate(config, n)
-    rates = run_gate(gate, n, 20, 0.3, generator, torch.rand(n))
-    assert abs(rates[1] - 0.3) > 0.1
-    assert sum(rates[-40:]) / 40 == pytest.approx(0.3, abs=0.03)
+    config = cifar.ASTConfig(feedforward=False, adapt_kp=1.0, adapt_ki=0.5)
+    gate, loss = cifar.RememberedGate(config, n), torch.rand(n, generator=generator)
+    gate.observe(torch.arange(n), loss)
+    rates = run_gate(gate, n, 4, target, generator, loss)
+    assert abs(rates[0] - target) > 0.02
+    for epoch in (2, 3):
+        assert sum(rates[20 * epoch : 20 * epoch + 20]) / 20 == pytest.approx(target, abs=0.01)
+
+
+def test_the_gains_of_the_original_reports_hardly_move_the_rate(cifar, generator):
+    n = 4000
+    gate = cifar.RememberedGate(cifar.ASTConfig(feedforward=False), n)
+    gate.observe(torch.arange(n), torch.rand(n, generator=generator))
+    rates = run_gate(gate, n, 10, 0.1, generator, torch.rand(n, generator=generator))
+    assert sum(rates[-20:]) / 20 > 0.3
 
 
 def test_the_integral_does_not_wind_up_while_the_threshold_is_at_its_stop(cifar):
