@@ -1,6 +1,6 @@
 """Measures what the kit must reach, as ratios within one process, and writes benchmarks/results/<name>.json.
 
-    python benchmarks/bars.py engine feed device control gate --data path/to/cifar10
+    python benchmarks/bars.py engine feed device control gate dashboard --data path/to/cifar10
     python benchmarks/bars.py accuracy speed --data path/to/cifar10      # an hour on two cores; resumable
 
 Run it on an otherwise idle machine. `accuracy` and `speed` need real CIFAR-10; the others time or count and
@@ -8,6 +8,7 @@ take any data of that shape (`--data shapes` will do, and is called synthetic in
 """
 
 import argparse
+import asyncio
 import json
 import statistics
 import sys
@@ -202,6 +203,55 @@ def gate(data: ast.ImageData, n: int = 1_281_167) -> dict:
     }
 
 
+def dashboard(data: ast.ImageData, rounds: int = 5) -> dict:
+    """Seconds an epoch with the dashboard ÷ without, training on every core and with one core free.
+
+    Sliders, numbers and pictures are made as in a notebook, but for the sending: there is no kernel here.
+    """
+    found = {}
+    threads = torch.get_num_threads()
+    for name, count, size in (("every_core", threads, 50_000), ("a_core_free", max(1, threads - 1), 25_000)):
+        torch.set_num_threads(count)
+        few = ast.replace(data, train_images=data.train_images[:size], train_labels=data.train_labels[:size])
+        times: dict[bool, list[float]] = {True: [], False: []}
+        panels = []
+        for turn in range(rounds):
+            for watched in (True, False) if turn % 2 else (False, True):
+                panel, seconds = watched_epochs(few, watched)
+                times[watched] += seconds
+                panels += [panel] if watched else []
+        found[name] = {
+            "ratio": statistics.median(times[True]) / statistics.median(times[False]),
+            "seconds_per_epoch": {"with": times[True], "without": times[False]},
+            "picture_bytes": max(len(panel.image.value) for panel in panels),
+            "seconds_between_pictures": statistics.median(panel.pause_between for panel in panels),
+        }
+    torch.set_num_threads(threads)
+    return found | {
+        "threads": threads,
+        "reach": "at most 1.03, 1.01 with a core free; at most 100 kB a picture",
+    }
+
+
+def watched_epochs(data: ast.ImageData, watched: bool) -> tuple[ast.Dashboard | None, list[float]]:
+    """Trains on everything in a worker for two epochs; returns the panel, and the seconds of the epochs."""
+    run = trainer(data, gate="full", **SPARSE)
+    monitor = ast.Monitor()
+    panel = ast.Dashboard(monitor, run.controls, ast.Settings()) if watched else None
+    run.listeners = [monitor] if watched else []
+    worker = ast.Worker(lambda: run.train(epochs=2))
+
+    async def pump() -> None:
+        async with ast.Pump() as turn:
+            while worker.is_alive():
+                await turn()
+                panel.refresh()
+
+    if watched:
+        asyncio.run(pump())
+    return panel, [row["seconds"] for row in worker.result()["epochs"]]
+
+
 def accuracy(data_path: str, seeds: str) -> dict:
     """Final accuracy at a mean activation of 0.104, beside random selection of as many samples."""
     out = str(ROOT / "runs" / "bars-accuracy")
@@ -247,6 +297,7 @@ def speed(data_path: str) -> dict:
 
 def main() -> None:
     measures = {"engine": engine, "feed": feed, "device": device, "control": control, "gate": gate}
+    measures |= {"dashboard": dashboard}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -46,6 +46,7 @@
 
 # %% Imports
 import argparse
+import asyncio
 import contextlib
 import copy
 import ctypes
@@ -53,7 +54,10 @@ import difflib
 import functools
 import hashlib
 import http.client
+import importlib.util
+import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -76,15 +80,16 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.colors
+import matplotlib.patheffects
 import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image  # matplotlib and torchvision bring it
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
@@ -780,7 +785,7 @@ def find_cifar10(root: Path) -> tuple[Reader, Path] | None:
             with contextlib.suppress(OSError):  # not there, or not ours to read
                 candidates = [recognise(folder)]
                 with os.scandir(folder) as names:
-                    entries = sorted(islice(names, budget), key=lambda entry: entry.name)
+                    entries = sorted(itertools.islice(names, budget), key=lambda entry: entry.name)
                 budget -= len(entries)
                 below += [
                     folder / entry.name for entry in entries if entry.is_dir() and entry.name not in SPLITS
@@ -1518,6 +1523,13 @@ class RememberedGate:
     def threshold(self) -> float:
         return self.controller.value
 
+    @property
+    def scores(self) -> Tensor:
+        """Remembered significances, finite, [at most 32,768]: a sample of the memory for pictures."""
+        stride = max(1, len(self.memory.significance) // Memory.REFERENCE)
+        some = self.memory.significance[::stride]
+        return some[some.isfinite()]
+
     def state_dict(self) -> dict:
         return {
             "significance": self.memory.significance,
@@ -1637,6 +1649,11 @@ class LiveGate:
     @property
     def threshold(self) -> float | None:
         return None if self.config.live_rule == "topk" else self.controller.value
+
+    @property
+    def scores(self) -> Tensor:
+        """The significances of the newest candidates [at most 4096]."""
+        return self.recent
 
     def state_dict(self) -> dict:
         return {"recent": self.recent, "owed": self.owed, "controller": self.controller.state_dict()}
@@ -2309,24 +2326,44 @@ def float_buffers(model: nn.Module) -> list[Tensor]:
 
 # %% The trainer tags=["shared"]
 class Controls:
-    """What may change while it trains. Any thread calls `set`; the trainer applies it at the next chunk.
+    """What may change while it trains. Any thread calls it; the trainer applies a value at the next chunk, a
+    gate at the next epoch, and pauses or stops after the step in hand.
 
-    `stop`, once it names a reason, ends the run cleanly after the step in hand.
+    `stop`, once it names a reason, ends the run cleanly.
     """
 
     def __init__(self):
-        self.values = {"target_activation": 0.0, "learning_rate_factor": 1.0}  # 0: the run's own target
-        self.asked: deque[tuple[str, float, int]] = deque()
+        self.values = {
+            "target_activation": None,
+            "learning_rate_factor": 1.0,
+            "gate": None,
+        }  # None: the run's
+        self.asked: deque[tuple[str, object, int]] = deque()  # control, value, candidates when asked
         self.candidates = 0  # offered so far, as the trainer counts them
         self.deadline = math.inf  # on time.monotonic()'s clock
+        self.paused = False
         self.stop: str | None = None
 
-    def set(self, control: str, value: float) -> None:
-        """Asks for a new target_activation (fraction) or learning_rate_factor. May raise BadInput."""
+    def set(self, control: str, value: float | str) -> None:
+        """Asks for a target_activation (fraction), learning_rate_factor or gate. May raise BadInput."""
         if control not in self.values:
             raise BadInput(f"control {control}: expected one of {', '.join(self.values)}")
-        check("target_activation" if control == "target_activation" else "lr", value, control)
-        self.asked.append((control, float(value), self.candidates))
+        rules = {
+            **RULES,
+            "learning_rate_factor": (real(lambda v: v > 0), "a factor above 0; 1 changes nothing"),
+        }
+        check(control, value, control, rules | {"gate": one_of(GATES[:3])})
+        self.asked.append((control, value if control == "gate" else float(value), self.candidates))
+
+    def pause(self, paused: bool) -> None:
+        """Pauses after the step in hand, or goes on."""
+        self.asked.append(("paused", paused, self.candidates))
+        self.paused = paused
+
+    def ask_stop(self, reason: str) -> None:
+        """A person's wish to save and stop, logged as such; `reason` goes into the summary."""
+        self.asked.append(("stop", reason, self.candidates))
+        self.stop = reason
 
     def stopping(self) -> bool:
         if self.stop is None and time.monotonic() > self.deadline:
@@ -2396,20 +2433,29 @@ class AdaptiveSparseTrainer:
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.criterion = criterion or nn.CrossEntropyLoss(reduction="none")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
-        self.gate = gate or self._make_gate()
-        self.after_loader = getattr(self.gate, "needs_views", False)
-        learned = gate is not None or config.gate in ("remembered", "live")
-        self.policy = policy or ("ast" if learned else config.gate)
+        self.gate_name = config.gate if gate is None else "given"
+        self.gates = {self.gate_name: gate or self._make_gate(config.gate)}  # all that served so far
+        self.learned = gate is not None or config.gate in ("remembered", "live")
+        self.policy = policy or ("ast" if self.learned else config.gate)
         self.listeners = [print_table()] if listeners is None else list(listeners)
         self.controls = controls or Controls()
         self.rates, self.seed = rates, seed
         self.save, self.save_seconds, self.saved_at = save, save_seconds, time.monotonic()
         self.taken_up = False  # a loaded state is what the next `train` goes on with
 
-    def _make_gate(self) -> object:
-        if self.config.gate == "remembered":
+    def _make_gate(self, name: str) -> object:
+        if name == "remembered":
             return RememberedGate(self.config, len(self.train_source))
-        return LiveGate(self.config, self._score) if self.config.gate == "live" else RandomGate()
+        return LiveGate(self.config, self._score) if name == "live" else RandomGate()
+
+    @property
+    def gate(self) -> object:
+        """The gate that selects now."""
+        return self.gates[self.gate_name]
+
+    @property
+    def after_loader(self) -> bool:
+        return getattr(self.gate, "needs_views", False)
 
     def autocast(self) -> torch.autocast:
         """The run's mixed precision, as a context."""
@@ -2428,12 +2474,18 @@ class AdaptiveSparseTrainer:
             self._begin(epochs, warmup_epochs)
         self.taken_up = False
         self.emit(
-            "start", policy=self.policy, seed=self.seed, epochs=self.schedule.epochs, n=len(self.train_source)
+            "start",
+            policy=self.policy,
+            seed=self.seed,
+            epochs=self.schedule.epochs,
+            n=len(self.train_source),
+            rows=list(self.rows),
         )
         while len(self.rows) < self.schedule.epochs and not self.controls.stopping():
             self._train_epoch()
             if not self.unfinished:
                 self._finish_epoch()
+        self._apply_controls()  # what was asked after the last chunk: a stop, above all
         if self.save and self.controls.stop and len(self.rows) < self.schedule.epochs:
             self._save()
         self.ledger.switch(None)
@@ -2454,6 +2506,7 @@ class AdaptiveSparseTrainer:
         self.train_source.generator.manual_seed(self.seed)
         self.ledger = Ledger(energy_meter(self.device))
         self.alive = torch.ones(len(self.train_source), dtype=torch.bool)  # not found unreadable
+        self.times_activated = torch.zeros(len(self.train_source), dtype=torch.int16)  # in gated epochs
         self.rows: list[dict] = []
         self.epoch: Epoch | None = None
         self.unfinished = False
@@ -2478,6 +2531,8 @@ class AdaptiveSparseTrainer:
     def _train_epoch(self) -> None:
         self.ledger.switch(self.schedule.phase(len(self.rows)))
         if self.epoch is None:
+            self._apply_controls()
+            self._change_gate()
             kept = self.alive.nonzero().flatten()
             order = kept[torch.randperm(len(kept), generator=self.generator)].to(torch.int32)
             started, scored = self.ledger.seconds(TRAINING_PHASES), self.ledger.seconds(["scoring"])
@@ -2487,6 +2542,8 @@ class AdaptiveSparseTrainer:
         for batch in self._batches(self.epoch.plan):
             self.epoch.waited += time.perf_counter() - waiting
             self._step(*batch)
+            if self.controls.paused:
+                self._pause()
             if self.controls.stopping():
                 return
             if self.save and time.monotonic() - self.saved_at >= self.save_seconds:
@@ -2496,6 +2553,26 @@ class AdaptiveSparseTrainer:
 
     def _plan(self, order: Tensor) -> Plan:
         return Plan(order, self.train_source.batch_size, self._chunk, self._offer)
+
+    def _pause(self) -> None:
+        """Saves, and waits until somebody resumes or stops it; the ledger does not run meanwhile."""
+        self._apply_controls()
+        if self.save:
+            self._save()
+        phase = self.ledger.switch(None)
+        while self.controls.paused and not self.controls.stopping():
+            time.sleep(0.02)
+        self.ledger.switch(phase)
+        self._apply_controls()
+
+    def _change_gate(self) -> None:
+        name = self.controls.values["gate"] or self.gate_name
+        if self.learned and name != self.gate_name:
+            if name not in self.gates:
+                self.gates[name] = self._make_gate(name)
+            self.gate_name = name
+            if controller := getattr(self.gate, "controller", None):
+                controller.lost = 0  # what others lost meanwhile is not its disturbance
 
     def _rate(self, epoch: int | None = None) -> float:
         target = self.controls.values["target_activation"] or self.config.target_activation
@@ -2512,20 +2589,50 @@ class AdaptiveSparseTrainer:
         self.epoch.candidates += len(candidates)
         self.controls.candidates += len(candidates)
         self.ledger.accounts[self.schedule.phase(len(self.rows))].candidates += len(candidates)
-        self.emit("chunk", candidates=self.epoch.candidates, n=len(self.epoch.plan.order), rate=rate)
-        if rate >= 1 or self.after_loader:
-            return candidates, torch.ones(len(candidates))
-        return self.gate.select(candidates, rate, self.generator)
+        if rate < 1 and self.after_loader:
+            return candidates, torch.ones(len(candidates))  # decided on once they are loaded
+        chosen = candidates, torch.ones(len(candidates))
+        if rate < 1:
+            chosen = self.gate.select(candidates, rate, self.generator)
+        self._decided(len(candidates), len(chosen[0]))
+        return chosen
+
+    def _decided(self, offered: int, activated: int) -> None:
+        """Tells of one decision of the gate, and of what has been spent by now."""
+        rate, spent = self._rate(), self.ledger.total()
+        self.emit(
+            "chunk",
+            candidates=self.epoch.candidates,
+            n=len(self.epoch.plan.order),
+            phase=self.schedule.phase(len(self.rows)),
+            rate=rate,
+            offered=offered,
+            activated=activated,
+            gate=self.gate if rate < 1 else None,
+            progress=self.progress,
+            seconds=spent.seconds,
+            train_seconds=self.ledger.seconds(TRAINING_PHASES),
+            joules=spent.joules,
+            scoring_flops=self.ledger.accounts["scoring"].flops,
+            flops_per_sample=self.flops,
+        )
 
     def _apply_controls(self) -> None:
+        """Takes up what was asked; a new gate only between epochs."""
+        later = []
         while self.controls.asked:
             control, value, set_at = self.controls.asked.popleft()
-            old = self.controls.values[control]
-            if control == "target_activation":
-                old = old or self.config.target_activation
-            self.controls.values[control] = value
+            if control == "gate" and self.epoch is not None:
+                later.append((control, value, set_at))
+                continue
+            own = {"target_activation": self.config.target_activation, "gate": self.gate_name}
+            own |= {"paused": not value, "stop": None}
+            old = self.controls.values.get(control) or own.get(control)
+            if control in self.controls.values:
+                self.controls.values[control] = value
             change = {"control": control, "old": old, "new": value, "set_at": set_at}
             self.emit("control", time=time.time(), candidates=self.controls.candidates, **change)
+        self.controls.asked.extendleft(reversed(later))
 
     def _batches(self, plan: Plan) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Indices and weights (CPU), views and labels (device) of one step after the other."""
@@ -2534,7 +2641,7 @@ class AdaptiveSparseTrainer:
             weights, missing = plan.received(indices)
             if len(missing):
                 self.alive[missing] = False
-                self.gate.observe(missing, torch.full((len(missing),), math.nan))
+                self._observe(missing, torch.full((len(missing),), math.nan))
             if not len(indices):
                 continue
             if self.after_loader and self._rate() < 1:
@@ -2547,6 +2654,7 @@ class AdaptiveSparseTrainer:
     def _gate_views(self, indices: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         with self.ledger.charge("scoring"):
             chosen, weights = self.gate.select(Views(indices, images, labels), self._rate(), self.generator)
+        self._decided(len(indices), len(chosen))
         order = indices.argsort()
         rows = order[torch.searchsorted(indices[order], chosen)]
         rows_there = rows.to(self.device, non_blocking=True)
@@ -2660,13 +2768,19 @@ class AdaptiveSparseTrainer:
             return
         indices = torch.cat([indices for indices, _, _ in self.unread])
         flat = torch.cat([score for _, score, _ in self.unread] + [sums for _, _, sums in self.unread]).cpu()
-        self.gate.observe(indices, flat[: len(indices)])
+        self._observe(indices, flat[: len(indices)])
+        if self._rate() < 1:
+            self.times_activated[indices] += 1
         sums = flat[len(indices) :].reshape(-1, 3)
         for loss in sums[:, 0].tolist():  # one by one, so that the sum does not depend on when it is read
             self.epoch.loss += loss
         self.epoch.trained += int(sums[:, 1].sum())
         self.epoch.spoiled += int((sums[:, 2] == 0).sum())
         self.unread = []
+
+    def _observe(self, indices: Tensor, scores: Tensor) -> None:
+        for gate in self.gates.values():  # those at rest too, so that they come back with fresh memories
+            gate.observe(indices, scores)
 
     # --- after an epoch ---
 
@@ -2712,6 +2826,7 @@ class AdaptiveSparseTrainer:
             "mean_activation": spent.activated / spent.candidates,
             "threshold": getattr(self.gate, "threshold", None) if gated else None,
             "controller": controller.state(self._rate()) if controller and gated else None,
+            "significance_quantiles": quantiles(self.gate),
             "candidates": epoch.candidates,
             "activated": epoch.activated,
             "seconds": seconds,
@@ -2777,7 +2892,8 @@ class AdaptiveSparseTrainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "gate": self.gate.state_dict(),
+            "gates": {name: gate.state_dict() for name, gate in self.gates.items()},
+            "gate_name": self.gate_name,
             "schedule": asdict(self.schedule),
             "generators": [
                 self.generator.get_state(),
@@ -2788,6 +2904,7 @@ class AdaptiveSparseTrainer:
             "controls": dict(self.controls.values),
             "controls_candidates": self.controls.candidates,
             "alive": self.alive,
+            "times_activated": self.times_activated,
             "unreadable": dict(self.train_source.unreadable),
             "rows": list(self.rows),
             "epoch": epoch,
@@ -2800,8 +2917,13 @@ class AdaptiveSparseTrainer:
     def load_state_dict(self, state: dict) -> None:
         """Takes up a `state_dict`; the next `train` goes on from there."""
         self._begin(state["schedule"]["epochs"], None)
-        for name in ("model", "optimizer", "scaler", "gate", "ledger"):
+        for name in ("model", "optimizer", "scaler", "ledger"):
             getattr(self, name).load_state_dict(state[name])
+        for name, gate in state["gates"].items():
+            if name not in self.gates:
+                self.gates[name] = self._make_gate(name)
+            self.gates[name].load_state_dict(gate)
+        self.gate_name = state["gate_name"]
         self.schedule, self.taken_up = Schedule(**state["schedule"]), True
         self.generator.set_state(state["generators"][0])
         self.train_source.generator.set_state(state["generators"][1])
@@ -2809,6 +2931,7 @@ class AdaptiveSparseTrainer:
         self.controls.values = dict(state["controls"])
         self.controls.candidates = state["controls_candidates"]
         self.alive, self.rows, self.progress = state["alive"], list(state["rows"]), state["progress"]
+        self.times_activated = state["times_activated"].clone()
         self.train_source.unreadable = dict(state["unreadable"])
         self.flops, self.uncounted = dict(state["flops"]), list(state["uncounted"])
         if state["epoch"] is not None:
@@ -2819,6 +2942,12 @@ class AdaptiveSparseTrainer:
                 for indices, weights, images, labels in plan.views
             ]
             self.epoch = Epoch(plan, **state["epoch"])
+
+
+def quantiles(gate: object) -> list[float] | None:
+    """The 0, 5, … 100 % quantiles of the significances that a gate ranks by; None if it knows none."""
+    scores = getattr(gate, "scores", torch.empty(0))
+    return [round(float(q), 5) for q in scores.quantile(torch.linspace(0, 1, 21))] if len(scores) else None
 
 
 def unit_saved(account: Account) -> float:
@@ -2919,7 +3048,8 @@ def load_checkpoint(folder: Path, say: Callable[[str], None]) -> dict | None:
 # %% Records tags=["shared"]
 METRICS = (
     "policy seed epoch phase train_loss val_accuracy target_activation activation_rate mean_activation "
-    "threshold controller candidates activated seconds elapsed_seconds data_wait_percent learning_rate"
+    "threshold controller significance_quantiles candidates activated seconds elapsed_seconds "
+    "data_wait_percent learning_rate"
 ).split()
 CHANGES = ("time", "candidates", "control", "old", "new", "set_at", "applied_at")
 
@@ -2943,6 +3073,11 @@ class Records:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
             raise cannot_write(self.paths[event], error) from error
+
+    def changes(self) -> int:
+        """How many settings were changed while it trained."""
+        rows = self.paths["control"].read_text(encoding="utf-8").splitlines()
+        return sum(json.loads(row)["control"] not in ("paused", "stop") for row in rows)
 
     def sizes(self) -> dict[str, int]:
         return {event: path.stat().st_size if path.exists() else 0 for event, path in self.paths.items()}
@@ -2985,20 +3120,18 @@ def epoch_line(row: dict) -> str:
     )
 
 
-def print_table(bar: bool = True) -> Callable[[str, dict], None]:
+def print_table(bar: bool = True, say: Callable[[str], None] = tqdm.write) -> Callable[[str, dict], None]:
     """A listener: a row an epoch, and a progress bar within the epoch where there is a terminal."""
     progress = None
 
     def listen(event: str, data: dict) -> None:
         nonlocal progress
         if event == "start":
-            tqdm.write(HEADER)
+            say(HEADER)
         elif event == "notice":
-            tqdm.write(data["text"])
+            say(data["text"])
         elif event == "control":
-            tqdm.write(
-                f"{data['control']} {data['old']:g} -> {data['new']:g} at {data['candidates']} candidates"
-            )
+            say(f"{data['control']} {data['old']} -> {data['new']} at {data['candidates']} candidates")
         elif event == "chunk" and bar:
             progress = progress or tqdm(total=data["n"], unit=" candidates", leave=False, disable=None)
             progress.update(data["candidates"] - progress.n)
@@ -3006,7 +3139,7 @@ def print_table(bar: bool = True) -> Callable[[str, dict], None]:
             progress.close()
             progress = None
         if event == "epoch":
-            tqdm.write(epoch_line(data))
+            say(epoch_line(data))
 
     return listen
 
@@ -3058,16 +3191,17 @@ def draw_accuracy(axes: object, results: list[dict], x: str, label: str) -> None
     label_ends(axes, results)
 
 
-def label_ends(axes: object, results: list[dict]) -> None:
-    """Names each line at the right edge, at the height of its end, pushed apart so that no two overlap."""
+def label_ends(axes: object, results: list[dict], at: float = 1.01) -> None:
+    """Names each line at the right edge, at the height of its end, pushed apart so that no two overlap.
+
+    at: where, a fraction of the width.
+    """
     low, high = axes.get_ylim()
     step, last = 0.075 * (high - low), -math.inf
     for result in sorted(results, key=lambda r: r["epochs"][-1]["val_accuracy"]):
         last = max(result["epochs"][-1]["val_accuracy"], last + step)
         colour = COLOURS.get(result["policy"], "black")
-        axes.text(
-            1.01, last, result["policy"], transform=axes.get_yaxis_transform(), va="center", color=colour
-        )
+        axes.text(at, last, result["policy"], transform=axes.get_yaxis_transform(), va="center", color=colour)
 
 
 def draw_rate(axes: object, results: list[dict]) -> None:
@@ -3277,7 +3411,9 @@ def let_device_decide(settings: object) -> tuple[object, dict[str, str]]:
 
 # %% The whole run tags=["shared"]
 FREE_ON_RESUME = {"out", "resume", "time_limit", "checkpoint_seconds"}
-OUTPUTS = "config.json metrics.jsonl events.jsonl summary.json curves.png model.pt checkpoints".split()
+OUTPUTS = (
+    "config.json metrics.jsonl events.jsonl summary.json curves.png model.pt samples.npz checkpoints"
+).split()
 
 
 def make_room(out: Path) -> None:
@@ -3332,10 +3468,11 @@ class Run:
         self.policies = list(dict.fromkeys(["ast" if learned else settings.gate, *others]))
         self.seeds = list(dict.fromkeys(int(seed) for seed in settings.seeds.split(",")))
 
-    def execute(self) -> dict:
+    def execute(self, ready: "Ready | None" = None) -> dict:
         """Trains what is not finished yet and returns the summary."""
         stored = load_checkpoint(self.out / "checkpoints", self.say) if self.settings.resume else None
-        self.data = load_data(self.settings, self.say)
+        fresh = ready is None or ready.settings != self.settings
+        self.data = load_data(self.settings, self.say) if fresh else ready.data
         what = [self.data.name, len(self.data.train_labels)]
         if stored and stored["data"] != what:
             raise BadInput(
@@ -3351,6 +3488,8 @@ class Run:
         self.records.cut(stored["records"] if stored else {})
         self.finished = stored["finished"] if stored else []
         self.say(describe(self.data))
+        for listener in self.listeners:
+            listener("plan", self._work())
         done = {(r["policy"], r["seed"]) for r in self.finished}
         for seed in self.seeds:
             for policy in self.policies:
@@ -3358,6 +3497,18 @@ class Run:
                     self._train(policy, seed, stored)
                     stored = None
         return self.close()
+
+    def _work(self) -> dict:
+        """How many samples each policy is expected to train on, a seed."""
+        config, epochs = ASTConfig.from_settings(self.settings), self.settings.epochs
+        schedules = {p: Schedule.of(config, epochs, phases=p != "rs2") for p in self.policies}
+        rates = {
+            p: sum(1.0 if p == "full" else schedule.rate(e, config.target_activation) for e in range(epochs))
+            for p, schedule in schedules.items()
+        }
+        n = len(self.data.train_labels)
+        done = [(result["policy"], result["seed"]) for result in self.finished]
+        return {"work": {p: n * rate for p, rate in rates.items()}, "seeds": self.seeds, "done": done}
 
     def _refuse_early(self) -> None:
         """Raises BadInput for what would otherwise come out only once an earlier run has been moved away."""
@@ -3400,6 +3551,9 @@ class Run:
             buffer = io.BytesIO()
             torch.save({name: value.cpu() for name, value in self.trainer.model.state_dict().items()}, buffer)
             write_whole(self.out / "model.pt", buffer.getvalue())
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, times_activated=self.trainer.times_activated.numpy())
+            write_whole(self.out / "samples.npz", buffer.getvalue())
         if result["complete"]:
             self.finished.append(result)
             self.trainer = None
@@ -3442,6 +3596,7 @@ class Run:
             "seeds": self.seeds,
             "complete": complete,
             "stopped_by": None if complete else self.controls.stop,
+            "changes_by_hand": self.records.changes(),
             "policies": policies,
             "measured": measured({p: v for p, v in policies.items() if self._whole(p)}, self.policies[0]),
         }
@@ -3571,10 +3726,17 @@ def report(summary: dict) -> str:
             f"{first} is {better} random selection of as many samples: {m['accuracy_minus_random']:+.2f} "
             f"points, seeds: {len(summary['seeds'])} (one proves nothing)"
         )
+    if summary["changes_by_hand"]:
+        lines.append(
+            f"{summary['changes_by_hand']} changes were made by hand while it trained (events.jsonl): the "
+            "policies did not run under the same settings"
+        )
     if summary["synthetic"]:
         lines.append("SYNTHETIC data: these figures say nothing about real images")
     if not summary["complete"]:
-        lines.append(f"stopped by {summary['stopped_by']}: go on with --resume")
+        lines.append(
+            f"stopped by {summary['stopped_by']}: go on with --resume (in a notebook: settings.resume = True)"
+        )
     return "\n".join(lines)
 
 
@@ -3591,21 +3753,30 @@ def keep_freed_memory() -> None:
         glibc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD, bytes
 
 
+def settle(settings: object, arguments: Iterable[str] = ()) -> tuple[object, dict[str, str], dict[str, str]]:
+    """The settings that will run; how each was given, and why the device decided it. Raises BadInput."""
+    settings, given = resolve(settings, list(arguments), dict(os.environ))
+    if settings.resume:
+        settings = take_up(replace(settings, out=settings.out or let_device_decide(settings)[0].out), given)
+    settings, decided = let_device_decide(settings)
+    return settings, given, decided
+
+
 def run(
     settings: object,
     arguments: Iterable[str] = (),
     listeners: Iterable[Callable] | None = None,
     controls: Controls | None = None,
+    say: Callable[[str], None] = tqdm.write,
+    ready: "Ready | None" = None,
 ) -> dict:
     """Settles the settings, trains every policy and seed, writes the output folder, and returns the summary.
 
-    Raises BadInput, in one sentence, for anything a person can mend.
+    listeners: called with (event, data), in the thread that trains; a printed table if None. say: prints a
+    line. ready: the data, if it was loaded for these settings before. Raises BadInput, in one sentence, for
+    anything a person can mend.
     """
-    say = tqdm.write
-    settings, given = resolve(settings, list(arguments), dict(os.environ))
-    if settings.resume:
-        settings = take_up(replace(settings, out=settings.out or let_device_decide(settings)[0].out), given)
-    settings, decided = let_device_decide(settings)
+    settings, given, decided = settle(settings, arguments)
     keep_freed_memory()
     controls = controls or Controls()
     if settings.time_limit:
@@ -3622,7 +3793,8 @@ def run(
     for name, value in asdict(settings).items():
         how = given.get(name) or decided.get(name)
         say(f"  {name} = {'the default' if value is None else value}" + (f"  ({how})" if how else ""))
-    summary = Run(settings, say, [print_table()] if listeners is None else listeners, controls).execute()
+    listeners = [print_table(say=say)] if listeners is None else listeners
+    summary = Run(settings, say, listeners, controls).execute(ready)
     say(report(summary))
     say(f"\nresults: {settings.out}")
     return summary
@@ -3647,34 +3819,1013 @@ def main() -> int:
     return codes.get(controls.stop, 0)
 
 
+# %% Why a worker and a pump [markdown] tags=["shared"]
+# ### A run you can talk to
+#
+# A cell that trains keeps the kernel busy: no slider is heard until it ends. A cell that returns at once is
+# no better, since "Run all" would go on before there is anything to show. So a worker thread trains, and the
+# cell awaits a *pump* that lets widget messages in, and holds back the cells that come next. The worker
+# touches no widget: it appends to lists and reads `Controls`.
+
+# %% The worker and the pump tags=["shared"]
+PUMP_SECONDS = 0.05  # between two looks at the sliders
+
+
+class Worker(threading.Thread):
+    """Runs `work` beside the notebook. A daemon, so that a restarted kernel never waits for it."""
+
+    def __init__(self, work: Callable[[], dict]):
+        super().__init__(daemon=True)
+        self.work, self.summary, self.error = work, None, None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.summary = self.work()
+        except BaseException as error:  # raised again in the cell, by `result`
+            self.error = error
+
+    def result(self) -> dict:
+        """What `work` returned; raises what it raised, with its traceback."""
+        self.join()
+        if self.error is not None:
+            raise self.error
+        return self.summary
+
+
+class Pump:
+    """Lets widget messages in while a cell awaits it; cells that were asked for meanwhile run afterwards.
+
+    ipykernel before 7 (Colab, Kaggle) reads messages only between cells, so we turn its loop ourselves and
+    keep execute requests for later. From 7 on it reads them while a cell awaits; without a kernel there is
+    nothing to do.
+    """
+
+    def __init__(self):
+        shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+        kernel = getattr(shell, "kernel", None)
+        turns = hasattr(kernel, "do_one_iteration") and hasattr(kernel, "schedule_dispatch")
+        self.kernel = kernel if turns else None
+        self.held: list[tuple] = []
+
+    async def __aenter__(self) -> "Pump":
+        if self.kernel:
+            ident = getattr(self.kernel, "_parent_ident", None)
+            self.cell = (ident.get("shell") if hasattr(ident, "get") else ident, self.kernel.get_parent())
+            self.execute = self.kernel.shell_handlers["execute_request"]
+
+            async def hold(*request: object) -> None:
+                self.held.append(request)
+
+            self.kernel.shell_handlers["execute_request"] = hold
+        return self
+
+    async def __call__(self) -> None:
+        """Waits for `PUMP_SECONDS`, and handles what has arrived."""
+        if self.kernel:
+            for _ in range(10):  # messages in a row; a drag sends several
+                await self.kernel.do_one_iteration()
+            self.kernel.set_parent(*self.cell)  # output belongs to this cell, not to the slider's message
+        await asyncio.sleep(PUMP_SECONDS)
+
+    async def __aexit__(self, *error: object) -> None:
+        if self.kernel:
+            self.kernel.shell_handlers["execute_request"] = self.execute
+            self.kernel.set_parent(*self.cell)
+            for request in self.held:
+                self.kernel.schedule_dispatch(self._replay, *request)
+
+    async def _replay(self, stream: object, ident: object, parent: dict) -> None:
+        kernel = self.kernel
+        kernel.set_parent(ident, parent)
+        kernel._publish_status("busy", "shell")
+        answer = kernel._send_abort_reply if kernel._aborting else self.execute
+        given = (stream, parent, ident) if kernel._aborting else (stream, ident, parent)
+        if inspect.isawaitable(reply := answer(*given)):
+            await reply
+        sys.stdout.flush()
+        sys.stderr.flush()
+        kernel.set_parent(ident, parent)
+        kernel._publish_status("idle", "shell")
+
+
+# %% Why a monitor [markdown] tags=["shared"]
+# ### The dashboard
+#
+# The *monitor* is a listener in the worker: it keeps what the picture needs, and nothing more. Every second
+# the cell reads it, updates the numbers, and draws the picture anew where that is due. Drawing takes
+# time from training, so a picture that takes long is drawn less often: it never costs more than a small
+# share, whatever the machine.
+
+# %% The monitor tags=["shared"]
+POINTS = 400  # a policy, along the epochs; a picture is hardly wider
+
+
+@dataclass
+class Point:
+    """The state of a run after a decision of the gate; counts are of the whole run so far."""
+
+    epochs: float
+    candidates: int
+    activated: int
+    rate: float  # since the point before
+    target: float
+    threshold: float = math.nan
+    scoring_flops: float = 0.0
+    joules: float = math.nan
+
+
+@dataclass
+class Trace:
+    """What one policy with one seed has done so far."""
+
+    policy: str
+    seed: int
+    epochs: int
+    n: int
+    rows: list[dict]
+    points: list[Point] = field(default_factory=list)
+    marks: list[tuple[float, float, str]] = field(default_factory=list)  # epochs, seconds, what was changed
+    candidates: int = 0
+    activated: int = 0
+    latest: dict = field(default_factory=dict)  # the newest chunk
+    began: tuple[float, float] | None = None  # progress and seconds at this session's first chunk
+
+    def __post_init__(self):
+        for row in self.rows:  # of the session before
+            self.candidates += row["candidates"]
+            self.activated += row["activated"]
+            theta = math.nan if row["threshold"] is None else row["threshold"]
+            rates = row["activation_rate"], row["target_activation"]
+            self.points.append(Point(row["epoch"], self.candidates, self.activated, *rates, theta))
+
+    def decided(self, data: dict) -> None:
+        self.candidates += data["offered"]
+        self.activated += data["activated"]
+        self.latest = data
+        self.began = self.began or (data["progress"], data["seconds"])
+        before = self.points[-1] if self.points else Point(0, 0, 0, math.nan, data["rate"])
+        offered = self.candidates - before.candidates
+        if offered < self.epochs * self.n / POINTS and before.target == data["rate"]:
+            return
+        theta = getattr(data["gate"], "threshold", None)
+        self.points.append(
+            Point(
+                len(self.rows) + data["candidates"] / data["n"],
+                self.candidates,
+                self.activated,
+                (self.activated - before.activated) / offered,
+                data["rate"],
+                math.nan if theta is None else theta,
+                data["scoring_flops"],
+                math.nan if data["joules"] is None else data["joules"],
+            )
+        )
+
+    @property
+    def seconds(self) -> float:
+        return self.latest.get("seconds", self.rows[-1]["elapsed_seconds"] if self.rows else 0.0)
+
+    def flops(self, point: Point) -> tuple[float, float]:
+        """FLOPs of training and scoring up to a point, and of training on all its candidates."""
+        each = self.latest.get("flops_per_sample", {}).get("training", 0.0)
+        return point.activated * each + point.scoring_flops, point.candidates * each
+
+    def seconds_saved(self) -> float | None:
+        """Percent of training seconds saved, had every candidate cost what it cost in this run's warm-up."""
+        full = [row for row in self.rows if row["phase"] == "warmup"]
+        if not full or not self.latest:
+            return None
+        pace = sum(row["seconds"] for row in full) / sum(row["candidates"] for row in full)
+        return 100 * (1 - self.latest["train_seconds"] / (pace * self.candidates))
+
+
+class Monitor:
+    """A listener that remembers what the dashboard shows; written by the worker, read by the notebook."""
+
+    def __init__(self):
+        self.work: dict[str, float] = {}  # samples that each policy is expected to train on, a seed
+        self.left: list[tuple[str, int]] = []  # policies and seeds not yet begun
+        self.traces: list[Trace] = []
+        self.scores: tuple[np.ndarray, float] | None = None  # significances, and θ as a rank among them
+        self.looked = -math.inf  # when `scores` was taken, on time.monotonic()'s clock
+
+    def __call__(self, event: str, data: dict) -> None:
+        if event == "plan":
+            self.work = data["work"]
+            self.left = [(p, s) for s in data["seeds"] for p in self.work if (p, s) not in data["done"]]
+        elif event == "start":
+            names = ("policy", "seed", "epochs", "n", "rows")
+            self.traces.append(Trace(**{name: data[name] for name in names}))
+            self.left = [run for run in self.left if run != (data["policy"], data["seed"])]
+        elif event == "chunk":
+            self.traces[-1].decided(data)
+            self._look(data["gate"])
+        elif event == "epoch":
+            self.traces[-1].rows.append(data)
+        elif event == "control" and self.traces:
+            trace = self.traces[-1]
+            text = change_words(data)
+            trace.marks.append((trace.candidates / trace.n, trace.seconds, text))
+
+    def _look(self, gate: object) -> None:
+        scores = getattr(gate, "scores", ())
+        if len(scores) and time.monotonic() - self.looked >= 1:
+            theta = math.nan if gate.threshold is None else gate.threshold
+            self.scores, self.looked = (scores.numpy().copy(), theta), time.monotonic()
+
+    @property
+    def now(self) -> Trace | None:
+        """The run in hand, or the last one."""
+        return self.traces[-1] if self.traces else None
+
+    @property
+    def main(self) -> Trace | None:
+        """The newest run of the gate under test: the first policy of its seed."""
+        seeds = [trace for trace in self.traces if trace.seed == self.traces[-1].seed]
+        return seeds[0] if seeds else None
+
+    def progress(self) -> tuple[float, float | None]:
+        """Share of all the work that is done, and the seconds that the rest takes at this session's pace."""
+        done = spent = this = 0.0
+        for trace in self.traces:
+            work, at = self.work.get(trace.policy, 0.0), trace.latest.get("progress", 0.0)
+            at = 1.0 if len(trace.rows) == trace.epochs else at
+            began = trace.began or (0.0, 0.0)
+            done, this = done + work * at, this + work * (at - began[0])
+            spent += trace.seconds - began[1]
+        rest = sum(self.work.get(policy, 0.0) for policy, _ in self.left)
+        rest += sum(self.work.get(t.policy, 0.0) for t in self.traces) - done
+        share = done / (done + rest) if done + rest else 0.0
+        return share, spent / this * rest if this > 0 and spent > 3 else None
+
+
+def change_words(data: dict) -> str:
+    """A change by hand, in a few words: target 0.1."""
+    names = {"target_activation": "target", "learning_rate_factor": "lr ×"}
+    if data["control"] == "paused":
+        return "paused" if data["new"] else "resumed"
+    new = data["new"] if isinstance(data["new"], str) else f"{data['new']:.3g}"
+    return new if data["control"] == "stop" else f"{names.get(data['control'], data['control'])} {new}"
+
+
+# %% The live picture tags=["shared"]
+LIVE_STYLE = STYLE | {
+    "font.size": 8.5,
+    "axes.titlesize": 9.5,
+    "lines.linewidth": 1.5,
+    "figure.constrained_layout.use": False,  # which would take half of the drawing time
+}
+
+
+def png_of(figure: Figure) -> bytes:
+    """The figure as a PNG with a palette of at most 256 colours: a third of the size."""
+    canvas = figure.canvas
+    canvas.draw()
+    picture = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba())
+    buffer = io.BytesIO()
+    picture.convert("RGB").quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(
+        buffer, "png"
+    )
+    return buffer.getvalue()
+
+
+class LivePicture:
+    """The panels of a run in progress, drawn again and again on one figure."""
+
+    def __init__(self, joules: bool = False):
+        """joules: whether there is a sensor, which gets a panel of its own."""
+        with matplotlib.rc_context(LIVE_STYLE):
+            self.figure = Figure(figsize=(12.2 if joules else 9.8, 5.3), dpi=100)
+            FigureCanvasAgg(self.figure)
+            columns = 4 if joules else 3
+            grid = self.figure.add_gridspec(
+                2, columns, left=0.06, right=0.965, top=0.94, bottom=0.09, hspace=0.42, wspace=0.36
+            )
+            cells = [grid[i // 3, i % 3] for i in range(6)] + ([grid[:, 3]] if joules else [])
+            self.axes = [self.figure.add_subplot(cell) for cell in cells]
+
+    def draw(self, monitor: Monitor) -> bytes:
+        """The PNG of what the monitor knows now."""
+        panels = [
+            self.accuracy,
+            self.rate,
+            self.threshold,
+            self.energy,
+            self.flops,
+            self.histogram,
+            self.joules,
+        ]
+        with matplotlib.rc_context(LIVE_STYLE):
+            for axes, panel in zip(self.axes, panels, strict=False):
+                axes.clear()
+                panel(axes, monitor)
+            return png_of(self.figure)
+
+    def accuracy(self, axes: object, monitor: Monitor) -> None:
+        axes.set(title="Validation accuracy", xlabel="seconds", ylabel="accuracy (%)")
+        shown = [t for t in monitor.traces if t.seed == monitor.now.seed] if monitor.now else []
+        for trace in shown:
+            x, y = [r["elapsed_seconds"] for r in trace.rows], [r["val_accuracy"] for r in trace.rows]
+            axes.plot(x, y, ".-", color=COLOURS.get(trace.policy, "black"))
+        axes.set_xlim(0, 1.3 * max([t.seconds for t in shown], default=1.0) or 1.0)
+        label_ends(axes, [{"policy": t.policy, "epochs": t.rows} for t in shown if t.rows], 0.8)
+        self.marks(axes, monitor, 1)
+
+    def rate(self, axes: object, monitor: Monitor) -> None:
+        axes.set(title="Activation rate (dotted: target)", ylabel="activated / candidates", ylim=(0, 1.04))
+        points = self.timeline(axes, monitor)
+        x = [p.epochs for p in points]
+        axes.plot(x, [p.rate for p in points], color=self.colour(monitor))
+        axes.step(x, [p.target for p in points], where="pre", color="black", linestyle=":")
+        self.marks(axes, monitor, 0, named=True)
+
+    def threshold(self, axes: object, monitor: Monitor) -> None:
+        axes.set(title="Threshold", ylabel="θ (rank of the significance)")
+        points = self.timeline(axes, monitor)
+        axes.plot([p.epochs for p in points], [p.threshold for p in points], color=self.colour(monitor))
+        self.marks(axes, monitor, 0)
+
+    def energy(self, axes: object, monitor: Monitor) -> None:
+        axes.set(title="Unit energy (a model, not joules)", ylabel="thousand units")
+        points = self.timeline(axes, monitor)
+        spent = [1e-3 * Account(0.0, p.candidates, p.activated).unit_energy for p in points]
+        self.areas(axes, monitor, points, spent, [1e-3 * UNIT_ACTIVATED * p.candidates for p in points])
+
+    def flops(self, axes: object, monitor: Monitor) -> None:
+        axes.set(title="FLOPs of training and scoring", ylabel="TFLOPs")
+        points = self.timeline(axes, monitor)
+        flops = np.array([monitor.main.flops(p) for p in points]).reshape(-1, 2) * 1e-12
+        self.areas(axes, monitor, points, flops[:, 0], flops[:, 1])
+
+    def joules(self, axes: object, monitor: Monitor) -> None:
+        axes.set(title="Measured energy", ylabel="joules")
+        points = self.timeline(axes, monitor)
+        axes.plot([p.epochs for p in points], [p.joules for p in points], color=self.colour(monitor))
+        self.marks(axes, monitor, 0)
+
+    def histogram(self, axes: object, monitor: Monitor) -> None:
+        axes.set(title="Significance of the samples", xlabel="significance", ylabel="samples (%)")
+        if monitor.scores is None:
+            axes.text(
+                0.5, 0.5, "scored from the first\nsparse epoch on", ha="center", transform=axes.transAxes
+            )
+            return
+        scores, theta = monitor.scores
+        high = max(float(np.quantile(scores, 0.99)), 1e-6)
+        counts, edges = np.histogram(np.clip(scores, 0, high), 30)
+        axes.stairs(100 * counts / len(scores), edges, fill=True, color=COLOURS["ast"], alpha=0.45)
+        axes.set_ylim(0, 122 * counts.max() / len(scores))
+        if math.isfinite(theta):
+            at = float(np.quantile(scores, min(1.0, max(0.0, theta))))
+            axes.axvline(min(at, high), color="black", linestyle="--")
+            side = "right" if at > high / 2 else "left"
+            axes.text(
+                min(at, high),
+                0.97,
+                f" θ = {theta:.2f} ",
+                ha=side,
+                va="top",
+                transform=axes.get_xaxis_transform(),
+            )
+
+    def timeline(self, axes: object, monitor: Monitor) -> list[Point]:
+        """Sets up an axis of epochs; returns the points of the gate's run."""
+        trace = monitor.main
+        axes.set(xlabel="epochs", xlim=(0, trace.epochs if trace else 1))
+        return list(trace.points) if trace else []
+
+    def areas(self, axes: object, monitor: Monitor, points: list[Point], spent: object, full: object) -> None:
+        """What was spent, as an area below what training on everything would have spent by now."""
+        x = [p.epochs for p in points]
+        axes.fill_between(x, full, color=COLOURS["full"], alpha=0.3, linewidth=0)
+        axes.fill_between(x, spent, color=self.colour(monitor), alpha=0.75, linewidth=0)
+        axes.set_ylim(bottom=0)
+        axes.text(0.03, 0.95, "on everything", color="#444444", va="top", transform=axes.transAxes)
+        name = monitor.main.policy if monitor.main else "ast"
+        axes.text(0.03, 0.85, name, color=self.colour(monitor), va="top", transform=axes.transAxes)
+        if points and full[-1] > 0:
+            saved = f"{100 * (1 - spent[-1] / full[-1]):.0f} % less"
+            axes.text(0.03, 0.75, saved, va="top", transform=axes.transAxes)
+        self.marks(axes, monitor, 0)
+
+    def marks(self, axes: object, monitor: Monitor, x: int, named: bool = False) -> None:
+        """A line for every change by hand, at its epochs (x = 0) or seconds (1)."""
+        last = -math.inf
+        for mark in list(monitor.main.marks) if monitor.main else []:
+            axes.axvline(mark[x], color="black", linewidth=0.8, alpha=0.5)
+            if named and mark[x] - last > 0.05 * monitor.main.epochs:
+                where = {"transform": axes.get_xaxis_transform(), "rotation": 90, "fontsize": 7.5}
+                axes.text(mark[x], 0.98, mark[2] + " ", ha="right", va="top", **where)
+                last = mark[x]
+
+    @staticmethod
+    def colour(monitor: Monitor) -> str:
+        return COLOURS.get(monitor.main.policy if monitor.main else "ast", "black")
+
+
+# %% The dashboard tags=["shared"]
+class Dashboard:
+    """Sliders and buttons that write `controls`, panels that show `monitor`; all in the cell's own thread."""
+
+    DRAWING = 1 / 40  # share of the time that drawing may take
+
+    def __init__(self, monitor: Monitor, controls: Controls, settings: object):
+        import ipywidgets as widgets  # a script needs none
+
+        self.monitor, self.controls = monitor, controls
+        self.picture: LivePicture | None = None
+        self.drawn = self.told = -math.inf  # when, on time.monotonic()'s clock
+        self.pause_between = 0.0  # seconds until the next picture
+        self.shown: Trace | None = None
+        wide = {"description_width": "initial"}
+        layout = widgets.Layout(width="310px")
+        low = min(0.02, settings.target_activation)
+        self.target = widgets.FloatSlider(
+            value=settings.target_activation,
+            min=low,
+            max=1.0,
+            step=0.01,
+            description="target activation",
+            continuous_update=False,
+            readout_format=".2f",
+            style=wide,
+            layout=layout,
+        )
+        self.factor = widgets.FloatLogSlider(
+            value=1.0,
+            min=-1,
+            max=1,
+            step=0.05,
+            description="learning rate ×",
+            continuous_update=False,
+            readout_format=".2f",
+            style=wide,
+            layout=layout,
+        )
+        names = list(GATES[:3])
+        self.gate = widgets.Dropdown(
+            options=names,
+            value=settings.gate if settings.gate in names else None,
+            style=wide,
+            description="gate, from the next epoch",
+            layout=layout,
+        )
+        self.pause = widgets.Button(description="Pause", icon="pause")
+        self.stop = widgets.Button(description="Stop and save", icon="stop")
+        self.bar = widgets.FloatProgress(value=0.0, min=0.0, max=1.0, layout=widgets.Layout(width="310px"))
+        self.words = widgets.HTML("loading the data")
+        self.image = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
+        rows = [
+            widgets.HBox([self.target, self.factor, self.gate]),
+            widgets.HBox([self.pause, self.stop, self.bar]),
+            self.words,
+            self.image,
+        ]
+        self.box = widgets.VBox(rows)
+        self._listen()
+
+    def _listen(self) -> None:
+        for widget, control in (
+            (self.target, "target_activation"),
+            (self.factor, "learning_rate_factor"),
+            (self.gate, "gate"),
+        ):
+            widget.observe(functools.partial(self._moved, control), "value")
+        self.pause.on_click(lambda button: self._paused(not self.controls.paused))
+        self.stop.on_click(lambda button: self._stopped())
+
+    def _moved(self, control: str, change: dict) -> None:
+        if change["new"] != self.controls.values[control]:
+            self.controls.set(control, change["new"])
+
+    def _paused(self, paused: bool) -> None:
+        self.controls.pause(paused)
+        self.pause.description, self.pause.icon = ("Resume", "play") if paused else ("Pause", "pause")
+
+    def _stopped(self) -> None:
+        self.controls.ask_stop("stop button")
+        self.pause.disabled = self.stop.disabled = True
+
+    def show(self) -> None:
+        from IPython.display import display
+
+        self.image.value = LivePicture().draw(self.monitor)
+        self.handle = display(self.box, display_id=True)
+
+    def refresh(self) -> None:
+        """Numbers once a second, the picture as often as its cost allows; cheap in between."""
+        now = time.monotonic()
+        if now - self.told < 1:
+            return
+        self.told = now
+        self.bar.value, left = self.monitor.progress()
+        self.words.value = self._numbers(left)
+        if self.monitor.now is not self.shown:
+            self._follow(self.monitor.now)
+        if self.monitor.now and now - self.drawn >= self.pause_between:
+            self.drawn = now
+            self.image.value = self.draw()
+            self.pause_between = max(1.0, (time.monotonic() - now) / self.DRAWING)
+
+    def draw(self) -> bytes:
+        if self.picture is None:
+            joules = self.monitor.now.latest.get("joules") if self.monitor.now else None
+            self.picture = LivePicture(joules is not None)
+        return self.picture.draw(self.monitor)
+
+    def _follow(self, trace: Trace) -> None:
+        """A policy begins: only the gate under test can be steered, and a resumed run has its own values."""
+        self.shown, values = trace, self.controls.values
+        self.target.disabled = self.gate.disabled = trace is not self.monitor.main
+        if not self.controls.asked:
+            self.target.value = values["target_activation"] or self.target.value
+            self.factor.value = values["learning_rate_factor"]
+            self.gate.value = values["gate"] or self.gate.value
+
+    def _numbers(self, left: float | None) -> str:
+        trace = self.monitor.now
+        if trace is None or not trace.points:
+            return "loading the data"
+        point, chunk = trace.points[-1], trace.latest
+        accuracy = f"{trace.rows[-1]['val_accuracy']:.2f} %" if trace.rows else "after the first epoch"
+        theta = f"θ {point.threshold:.3f}" if math.isfinite(point.threshold) else "no θ yet"
+        spent, full = trace.flops(point)
+        units = Account(0.0, trace.candidates, trace.activated)
+        saved = [f"unit energy {unit_saved(units):.1f} % (a model)"]
+        saved += [f"FLOPs {100 * (1 - spent / full):.1f} %"] if full else []
+        seconds = trace.seconds_saved()
+        saved += (
+            [f"training time {seconds:.1f} % (at the pace of its warm-up)"] if seconds is not None else []
+        )
+        saved += ["joules: no sensor" if chunk.get("joules") is None else f"{chunk['joules']:.0f} J spent"]
+        after = ", then " + ", ".join(policy for policy, _ in self.monitor.left) if self.monitor.left else ""
+        state = "<b>paused</b>" if self.controls.paused else f"<b>{trace.policy}</b>, seed {trace.seed}"
+        epoch = min(trace.epochs, len(trace.rows) + 1)
+        return (
+            f"{state}: epoch {epoch} of {trace.epochs} ({chunk.get('phase', 'done')}){after} · "
+            f"{clock(trace.seconds)} spent{f', about {clock(left)} to go' if left else ''}<br>"
+            f"accuracy {accuracy} · activation {point.rate:.3f}, target {point.target:.3f} · {theta}<br>"
+            f"saved so far against training on everything: {' · '.join(saved)}"
+        )
+
+    def finish(self, path: Path | None) -> None:
+        """Puts a plain picture in the dashboard's place, since a saved notebook keeps no widgets."""
+        from IPython.display import Image as Shown
+
+        picture = self.draw()
+        self.handle.update(Shown(picture))
+        self.box.close()
+        if path:
+            write_whole(path, picture)
+
+
+def widgets_serve() -> bool:
+    """Whether there may be somebody to move a slider: a kernel with ipywidgets, not Kaggle's batch run."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    watched = os.environ.get("KAGGLE_KERNEL_RUN_TYPE", "") != "Batch"
+    return watched and hasattr(shell, "kernel") and importlib.util.find_spec("ipywidgets") is not None
+
+
+async def run_live(settings: object, ready: "Ready | None" = None) -> dict:
+    """As `run`, in a notebook: `summary = await run_live(settings)`, with a dashboard where widgets work.
+
+    Interrupting the cell saves and stops. Raises what the run raises.
+    """
+    monitor, controls, lines = Monitor(), Controls(), queue.SimpleQueue()
+    listeners = [monitor, print_table(False, lines.put)]
+    settled = settle(settings)[0]
+    panel = Dashboard(monitor, controls, settled) if widgets_serve() else None
+    if panel:
+        panel.show()
+    worker = Worker(lambda: run(settings, (), listeners, controls, lines.put, ready))
+
+    def tell() -> None:
+        while not lines.empty():
+            print(lines.get())
+        if panel:
+            panel.refresh()
+
+    async with Pump() as pump:
+        while worker.is_alive():
+            try:
+                await pump()
+                tell()
+            except (KeyboardInterrupt, asyncio.CancelledError):
+                if controls.stop:  # a second time: at once
+                    raise
+                controls.ask_stop("interrupt")
+    tell()
+    if panel:
+        panel.finish(Path(settled.out) / "dashboard.png" if worker.error is None else None)
+    return worker.result()
+
+
+# %% Why lessons [markdown] tags=["shared"]
+# ### Lessons
+#
+# Pictures to look at before and after a run. Each is a function, called from a cell of its own further down,
+# so you can call it again with other values.
+
+
+# %% What lessons share tags=["shared"]
+@dataclass
+class Ready:
+    """Settings as they will run, and the data they name."""
+
+    settings: object
+    data: object
+
+
+def prepare(settings: object) -> Ready:
+    """Settles the settings and loads the data, once for the lessons and the run. Raises BadInput."""
+    settled = settle(settings)[0]
+    ready = Ready(settled, load_data(settled, print))
+    print(describe(ready.data))
+    return ready
+
+
+def new_figure(width: float, height: float, columns: int) -> tuple[Figure, np.ndarray]:
+    """A figure of one row, inches, and its axes; to be filled under `STYLE`."""
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def show(figure: Figure, path: Path | None = None) -> None:
+    """Displays a figure in a notebook, and writes it to `path`."""
+    from IPython.display import Image as Shown  # a script needs no IPython
+    from IPython.display import display
+
+    picture = png_of(figure)
+    display(Shown(picture))
+    if path:
+        write_whole(path, picture)
+
+
+def show_images(rows: dict[str, tuple[np.ndarray, list[str]]], path: Path | None = None) -> None:
+    """Rows of images, uint8 [k, H, W, 3], each row with a title and a caption an image."""
+    columns = max(len(images) for images, _ in rows.values())
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(1.05 * columns + 0.3, 1.75 * len(rows)))
+        FigureCanvasAgg(figure)
+        for part, (title, (images, captions)) in zip(
+            np.ravel(figure.subfigures(len(rows), 1)), rows.items(), strict=True
+        ):
+            part.suptitle(title, ha="left", x=0.01, fontsize=10)
+            for axes, image, caption in itertools.zip_longest(
+                part.subplots(1, columns, squeeze=False)[0], images, captions
+            ):
+                axes.axis("off")
+                if image is not None:
+                    axes.imshow(image, interpolation="nearest")
+                    axes.set_title(caption, fontsize=7.5, loc="center")
+        show(figure, path)
+
+
+# %% Lesson: significance tags=["shared"]
+def show_significance(ready: Ready, samples: int = 3000, epochs: int = 5, shown: int = 10) -> None:
+    """Trains briefly on some samples, and shows the most and the least significant with their scores."""
+    settings, data = ready.settings, ready.data
+    some = np.random.default_rng(0).permutation(len(data.train_labels))[:samples]
+    images, labels = data.train_images[some], data.train_labels[some]
+    torch.manual_seed(0)
+    model = build_model(settings, len(data.classes))
+    optimizer, criterion = recipe(settings, model)
+    config = replace(ASTConfig.from_settings(settings), gate="remembered", warmup_epochs=epochs)
+    config = replace(config, ramp_epochs=0, anneal_epochs=0)
+    place = torch.device(settings.device), 32  # small batches: many steps in little time
+    trainer = AdaptiveSparseTrainer(
+        model,
+        ArraySource(images, labels, *place, augment),
+        ArraySource(images[:100], labels[:100], *place, plain_view),
+        config,
+        optimizer,
+        criterion,
+        listeners=[],
+    )
+    trainer.train(epochs)
+    scores = trainer.gate.memory.significance.numpy()
+    order = np.argsort(scores)
+
+    def row(chosen: np.ndarray) -> tuple[np.ndarray, list[str]]:
+        return images[chosen], [f"{data.classes[labels[i]][:12]}\n{scores[i]:.2f}" for i in chosen]
+
+    title = f"significant of {len(some)} training images after {epochs} passes: label, remembered loss"
+    show_images({f"Most {title}": row(order[::-1][:shown]), f"Least {title}": row(order[:shown])})
+
+
+# %% Lesson: the controller tags=["shared"]
+def step_response(
+    target: float, kp: float, ki: float, lost: float, feedforward: bool, chunks: int = 90, size: int = 640
+) -> tuple[list[float], list[float]]:
+    """Activation rate and θ, chunk by chunk, when the target steps from 0.6 to `target` after a third.
+
+    lost: share of the activated that come back without a finite loss, which no solve can know.
+    """
+    config = ASTConfig(feedforward=feedforward, adapt_kp=kp, adapt_ki=ki)
+    controller, phase = Controller(config), 0.5
+    controller.KP, controller.KI = kp, ki
+    generator = torch.Generator().manual_seed(0)
+    rates, thresholds = [], []
+    for chunk in range(chunks):
+        a = target if chunk >= chunks // 3 else 0.6
+        u = torch.rand(size, generator=generator)
+        solved = solve_threshold(u, a * size, a, config.temperature)
+        theta = controller.threshold(solved, threshold_slope(u, solved, a, config.temperature))
+        taken, phase = systematic(activation_probability(u, theta, a, config.temperature), phase)
+        controller.lost = int((torch.rand(len(taken), generator=generator) < lost).sum())
+        rates.append((len(taken) - controller.lost) / size)
+        thresholds.append(theta)
+        controller.update(len(taken), size, a, exact=feedforward)
+    return rates, thresholds
+
+
+def draw_response(target: float = 0.2, kp: float = 0.5, ki: float = 0.2, lost: float = 0.0) -> Figure:
+    """The step responses of the solve with PI, and of PI alone."""
+    with matplotlib.rc_context(STYLE):
+        figure, (left, right) = new_figure(9.6, 3.2, 2)
+        for feedforward, colour, name in ((False, "#0072b2", "PI alone"), (True, "#d55e00", "solve and PI")):
+            rates, thresholds = step_response(target, kp, ki, lost, feedforward)
+            left.plot(rates, color=colour, label=name)
+            right.plot(thresholds, color=colour, label=name)
+        left.step(
+            [0, 30, 89], [0.6, target, target], where="post", color="black", linestyle=":", label="target"
+        )
+        left.set(
+            title="Activation rate, lost samples taken off", xlabel="chunks", ylabel="activated / candidates"
+        )
+        left.set_ylim(0, 1.04)
+        left.legend(loc="upper right", frameon=False)
+        right.set(title="Threshold", xlabel="chunks", ylabel="θ (rank of the significance)")
+        figure.canvas.draw()
+    return figure
+
+
+def playground() -> None:
+    """Sliders for the controller; without widgets, one picture with its defaults."""
+    if not widgets_serve():
+        show(draw_response())
+        return
+    import ipywidgets as widgets
+    from IPython.display import display
+
+    image = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
+    spans = {
+        "target": (0.2, 0.02, 1.0),
+        "kp": (0.5, 0.0, 2.0),
+        "ki": (0.2, 0.0, 1.0),
+        "lost": (0.0, 0.0, 0.5),
+    }
+    sliders = {
+        name: widgets.FloatSlider(value=value, min=low, max=high, step=0.02, description=name)
+        for name, (value, low, high) in spans.items()
+    }
+
+    def draw(change: object = None) -> None:
+        image.value = png_of(draw_response(**{name: slider.value for name, slider in sliders.items()}))
+
+    for slider in sliders.values():
+        slider.observe(draw, "value")
+    draw()
+    pairs = list(sliders.values())
+    display(widgets.VBox([widgets.HBox(pairs[:2]), widgets.HBox(pairs[2:]), image]))
+
+
+# %% Lessons: what it cost tags=["shared"]
+def first_seed(summary: dict) -> dict[str, list[dict]]:
+    """The rows of metrics.jsonl of the first seed, by policy."""
+    lines = (Path(summary["out"]) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if row["seed"] == summary["seeds"][0]]
+    return {
+        policy: found
+        for policy in summary["policies"]
+        if (found := [r for r in rows if r["policy"] == policy])
+    }
+
+
+def show_costs(summary: dict) -> None:
+    """Accuracy of every policy over samples, seconds and unit energy."""
+    by_policy = first_seed(summary)
+    if not by_policy:
+        print("no epoch was finished, so there is nothing to compare")
+        return
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(12, 3.6, 3)
+        for policy, rows in by_policy.items():
+            activated = np.cumsum([row["activated"] for row in rows])
+            candidates = np.cumsum([row["candidates"] for row in rows])
+            units = UNIT_ACTIVATED * activated + UNIT_SKIPPED * (candidates - activated)
+            seconds = [row["elapsed_seconds"] for row in rows]
+            for panel, x in zip(axes, (1e-3 * activated, seconds, 1e-3 * units), strict=True):
+                panel.plot(x, [row["val_accuracy"] for row in rows], ".-", color=COLOURS.get(policy, "black"))
+        labels = ("thousand samples trained on", "seconds", "thousand units of energy (a model)")
+        titles = ("Accuracy over samples", "Accuracy over seconds, measured", "Accuracy over unit energy")
+        for panel, label, title in zip(axes, labels, titles, strict=True):
+            panel.set(xlabel=label, ylabel="validation accuracy (%)", title=title)
+            label_ends(panel, [{"policy": p, "epochs": rows} for p, rows in by_policy.items()])
+        show(figure, Path(summary["out"]) / "costs.png")
+
+
+def show_table(summary: dict) -> None:
+    """What was measured, a row a policy."""
+    from IPython.display import Markdown, display
+
+    head = [
+        "policy",
+        "accuracy (%)",
+        "activated (%)",
+        "training (s)",
+        "total (s)",
+        "TFLOPs",
+        "unit energy (thousand)",
+    ]
+    lines = [" | ".join([*head, "joules"]), " | ".join(["---"] * (len(head) + 1))]
+    for name, p in summary["policies"].items():
+        joules = f"unavailable: {p['joules_method']}" if p["joules"] is None else f"{p['joules']:.0f}"
+        numbers = p["train_seconds"], p["total_seconds"], p["flops"] / 1e12, p["unit_energy"] / 1e3
+        accuracy = "-" if p["final_accuracy"] is None else f"{p['final_accuracy']:.2f}"
+        cells = [name, accuracy, f"{100 * p['activation_rate']:.1f}", *(f"{x:.1f}" for x in numbers), joules]
+        lines.append(" | ".join(cells))
+    print(report(summary).split("\n\n", 1)[-1])
+    display(Markdown("\n".join(lines)))
+
+
+# %% Lessons: what was chosen tags=["shared"]
+def chosen(summary: dict) -> tuple[np.ndarray, int]:
+    """How often each sample was activated in gated epochs, int16 [n], and the number of those epochs."""
+    times = np.load(Path(summary["out"]) / "samples.npz")["times_activated"]
+    rows = next(iter(first_seed(summary).values()), [])
+    return times, max(sum(row["target_activation"] < 1 for row in rows), int(times.max()))
+
+
+def show_classes(summary: dict, ready: Ready, most: int = 20) -> None:
+    """How often the samples of each class were activated; of many classes, the extremes."""
+    times, epochs = chosen(summary)
+    if not epochs:
+        print("no epoch with a gate was begun, so nothing was chosen")
+        return
+    labels, names = ready.data.train_labels, ready.data.classes
+    share = (
+        np.bincount(labels, times, len(names))
+        / np.maximum(1, np.bincount(labels, minlength=len(names)))
+        / epochs
+    )
+    order = np.argsort(share)
+    if len(order) > most:
+        order = np.concatenate([order[: most // 2], order[-most // 2 :]])
+    with matplotlib.rc_context(STYLE):
+        figure, (axes,) = new_figure(7.5, 1.2 + 0.24 * len(order), 1)
+        axes.barh([names[i] for i in order], share[order], color=COLOURS["ast"], height=0.65)
+        axes.axvline(times.mean() / epochs, color="black", linestyle=":")
+        axes.text(times.mean() / epochs, len(order) - 0.45, "all classes", ha="center", fontsize=8)
+        axes.set(
+            title=f"Activation by class, {epochs} epochs with a gate", xlabel="share of its samples, an epoch"
+        )
+        axes.grid(axis="y", visible=False)
+        show(figure, Path(summary["out"]) / "classes.png")
+
+
+def show_memory(summary: dict) -> None:
+    """Quantiles of the remembered significance, epoch by epoch, with the threshold on the same scale."""
+    rows = next(iter(first_seed(summary).values()), [])
+    known = [row for row in rows if row["significance_quantiles"]]
+    if not known:
+        print("this gate remembers no significance, or no epoch was finished")
+        return
+    grid = np.full((21, len(rows)), np.nan)
+    for row in known:
+        grid[:, row["epoch"] - 1] = row["significance_quantiles"]
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
+        figure, (axes,) = new_figure(9, 3.6, 1)
+        span = (0.5, len(rows) + 0.5, -0.025, 1.025)
+        norm = matplotlib.colors.PowerNorm(0.5, vmin=np.nanmin(grid), vmax=np.nanquantile(grid, 0.98))
+        image = axes.imshow(grid, origin="lower", aspect="auto", extent=span, cmap="cividis", norm=norm)
+        figure.colorbar(image, label="significance", extend="max")
+        gated = [row for row in rows if row["threshold"] is not None]
+        line = {"path_effects": [matplotlib.patheffects.withStroke(linewidth=4, foreground="black")]}
+        axes.plot([r["epoch"] for r in gated], [r["threshold"] for r in gated], "o-", color="white", **line)
+        axes.set(xlabel="epoch", ylabel="rank of the sample", xlim=span[:2], ylim=span[2:])
+        axes.set_title("Significance by rank, and the threshold θ (white)")
+        show(figure, Path(summary["out"]) / "significance.png")
+
+
+def show_chosen(summary: dict, ready: Ready, shown: int = 10) -> None:
+    """Images that the gate chose least and most often."""
+    times, epochs = chosen(summary)
+    if not epochs:
+        print("no epoch with a gate was begun, so nothing was chosen")
+        return
+    data, rows = ready.data, {}
+    for word, count in (("least", int(times.min())), ("most", int(times.max()))):
+        same = np.flatnonzero(times == count)
+        some = np.sort(np.random.default_rng(0).permutation(same)[:shown])
+        title = f"Chosen {word}: in {count} of {epochs} epochs ({len(same)} images, {len(some)} shown)"
+        rows[title] = data.train_images[some], [data.classes[data.train_labels[i]][:12] for i in some]
+    show_images(rows, Path(summary["out"]) / "chosen.png")
+
+
+# %% Look before you train [markdown]
+# ## Look before you train
+#
+# First the data that the settings name: the lessons and the run share it.
+
+# %% Load the data tags=["active-ipynb"]
+# ready = prepare(settings)
+
+# %% What significance looks like [markdown]
+# ### What significance looks like
+#
+# A few seconds of training are enough to tell apart what is learned at once and what is not. See in it that
+# low scores look like a textbook, and that the highest are odd, hidden, or labelled wrongly: a high loss
+# alone does not say whether a sample teaches something.
+
+# %% What significance looks like tags=["active-ipynb"]
+# show_significance(ready)
+
+# %% Play with the controller [markdown]
+# ### Play with the controller
+#
+# No training here: only the loop that holds the activation rate. See in it that with the solve the rate
+# meets a new target at once, that PI alone has to find its way and swings when its gains grow, and that
+# losing samples (`lost`) bends the rate only until the integral has answered.
+
+# %% Play with the controller tags=["active-ipynb"]
+# playground()
+
 # %% Run [markdown]
 # ## Run
 #
 # The same call in both forms: a script reads flags and sets an exit status, a notebook takes the settings
-# cell.
+# cell. In a notebook, drag *target activation* and watch the rate follow at once and the energy bend; *stop
+# and save*, or interrupting the cell, keeps what there is, and the cells below show it.
 
 # %% Run as a script tags=["active-py"]
 if __name__ == "__main__":
     sys.exit(main())
 
 # %% Run in a notebook tags=["active-ipynb"]
-# summary = run(settings)
+# summary = await run_live(settings, ready)
 
 # %% What came out [markdown]
 # ## What came out
 #
-# `curves.png` in the output folder: accuracy over epochs and over seconds, the activation rate against its
-# target, the threshold, what the unit model says was saved in each phase, and the seconds that were really
-# spent.
+# The table of what was measured: AST saved only what its own seconds say beside those of `full`, and choosing
+# was worth only what it is ahead of `random`.
+
+# %% What came out tags=["active-ipynb"]
+# show_table(summary)
+
+# %% The picture [markdown]
+# `curves.png`, also in the output folder: see the activation rate sit on its target, and what of the run was
+# really training.
 
 
 # %% The picture
 def show_curves(summary: dict) -> None:
     """Shows a run's curves.png in a notebook."""
-    from IPython.display import Image, display  # a script needs no IPython
+    from IPython.display import Image as Shown  # a script needs no IPython
+    from IPython.display import display
 
-    display(Image(filename=str(Path(summary["out"]) / "curves.png")))
+    path = Path(summary["out"]) / "curves.png"
+    if path.exists():
+        display(Shown(filename=str(path)))
+    else:
+        print("no epoch was finished, so there is no curve")
 
 
-# %% What came out tags=["active-ipynb"]
+# %% The curves tags=["active-ipynb"]
 # show_curves(summary)
+
+# %% Over samples, seconds, energy [markdown]
+# ### The same accuracy over three costs
+#
+# See how the order of the policies changes with what one counts: a rule that wins over samples may lose over
+# seconds, and unit energy is a model.
+
+# %% Over samples, seconds, energy tags=["active-ipynb"]
+# show_costs(summary)
+
+# %% Which classes [markdown]
+# ### Which classes were trained on
+#
+# See which classes the gate finds hard: they are activated more often than the dotted average.
+
+# %% Which classes tags=["active-ipynb"]
+# show_classes(summary, ready)
+
+# %% Significance over the epochs [markdown]
+# ### Significance over the epochs
+#
+# See the colours fade as the losses fall, while θ, on the scale of ranks, keeps its meaning.
+
+# %% Significance over the epochs tags=["active-ipynb"]
+# show_memory(summary)
+
+# %% Never and always [markdown]
+# ### Never chosen, always chosen
+#
+# See what the gate thinks is learned, and what it keeps coming back to, wrong labels among them.
+
+# %% Never and always tags=["active-ipynb"]
+# show_chosen(summary, ready)
