@@ -3828,7 +3828,7 @@ def main() -> int:
 # touches no widget: it appends to lists and reads `Controls`.
 
 # %% The worker and the pump tags=["shared"]
-PUMP_SECONDS = 0.05  # between two looks at the sliders
+PUMP_SECONDS = 0.1  # between two looks at the sliders
 
 
 class Worker(threading.Thread):
@@ -4079,134 +4079,173 @@ LIVE_STYLE = STYLE | {
 
 
 def png_of(figure: Figure) -> bytes:
-    """The figure as a PNG with a palette of at most 256 colours: a third of the size."""
-    canvas = figure.canvas
-    canvas.draw()
-    picture = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba())
+    """Draws the figure; returns a PNG with a palette of at most 256 colours, a third of the size."""
+    figure.canvas.draw()
+    return encode(figure.canvas)
+
+
+def encode(canvas: FigureCanvasAgg) -> bytes:
+    """What is on the canvas, as such a PNG."""
+    picture = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
     buffer = io.BytesIO()
-    picture.convert("RGB").quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(
-        buffer, "png"
-    )
+    picture.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(buffer, "png")
     return buffer.getvalue()
 
 
+def nice(value: float) -> float:
+    """The next of …, 1, 1.4, 2, 2.8, 4, …: limits that rarely move, so that axes are rarely drawn anew."""
+    return 2.0 ** (math.ceil(2 * math.log2(max(value, 1e-9))) / 2)
+
+
+PLATE = {"color": "white", "alpha": 0.75, "pad": 0.5, "linewidth": 0}  # behind words that lines may cross
+PANELS = {  # title, x and y of each; the last one where there is a sensor
+    "accuracy": ("Validation accuracy", "seconds", "accuracy (%)"),
+    "rate": ("Activation rate (dotted: target)", "epochs", "activated / candidates"),
+    "threshold": ("Threshold", "epochs", "θ (rank of the significance)"),
+    "energy": ("Unit energy (a model, not joules)", "epochs", "thousand units"),
+    "flops": ("FLOPs of training and scoring", "epochs", "TFLOPs"),
+    "histogram": ("Significance of the samples", "significance", "samples (%)"),
+    "joules": ("Measured energy", "epochs", "joules"),
+}
+
+
 class LivePicture:
-    """The panels of a run in progress, drawn again and again on one figure."""
+    """The panels of a run in progress, drawn again and again on one figure.
+
+    Axes and their numbers are most of the drawing, so they are kept as a background, and only the data is
+    drawn onto it, as long as no limit moves.
+    """
 
     def __init__(self, joules: bool = False):
         """joules: whether there is a sensor, which gets a panel of its own."""
         with matplotlib.rc_context(LIVE_STYLE):
-            self.figure = Figure(figsize=(12.2 if joules else 9.8, 5.3), dpi=100)
+            self.figure = Figure(figsize=(12.6 if joules else 9.8, 5.3), dpi=100)
             FigureCanvasAgg(self.figure)
-            columns = 4 if joules else 3
-            grid = self.figure.add_gridspec(
-                2, columns, left=0.06, right=0.965, top=0.94, bottom=0.09, hspace=0.42, wspace=0.36
-            )
+            space = {"left": 0.06, "right": 0.985, "top": 0.94, "bottom": 0.09, "hspace": 0.42, "wspace": 0.3}
+            grid = self.figure.add_gridspec(2, 4 if joules else 3, **space)
             cells = [grid[i // 3, i % 3] for i in range(6)] + ([grid[:, 3]] if joules else [])
-            self.axes = [self.figure.add_subplot(cell) for cell in cells]
+            self.axes = {n: self.figure.add_subplot(c) for n, c in zip(PANELS, cells, strict=False)}
+            for name, axes in self.axes.items():
+                axes.autoscale(False)
+                axes.set(**dict(zip(("title", "xlabel", "ylabel"), PANELS[name], strict=True)))
+        self.limits: dict[str, tuple[float, float, float, float]] = {}  # x from, to, y from, to
+        self.background: object = None
 
     def draw(self, monitor: Monitor) -> bytes:
         """The PNG of what the monitor knows now."""
-        panels = [
-            self.accuracy,
-            self.rate,
-            self.threshold,
-            self.energy,
-            self.flops,
-            self.histogram,
-            self.joules,
-        ]
+        canvas, limits = self.figure.canvas, self.find_limits(monitor)
         with matplotlib.rc_context(LIVE_STYLE):
-            for axes, panel in zip(self.axes, panels, strict=False):
-                axes.clear()
-                panel(axes, monitor)
-            return png_of(self.figure)
+            if limits != self.limits:
+                for name, axes in self.axes.items():
+                    axes.set(xlim=limits[name][:2], ylim=limits[name][2:])
+                canvas.draw()
+                self.limits, self.background = limits, canvas.copy_from_bbox(self.figure.bbox)
+            canvas.restore_region(self.background)
+            for name, axes in self.axes.items():
+                getattr(self, name)(axes, monitor)
+                for artist in [*axes.collections, *axes.patches, *axes.lines, *axes.texts]:
+                    axes.draw_artist(artist)
+                    artist.remove()
+        return encode(canvas)
+
+    def find_limits(self, monitor: Monitor) -> dict[str, tuple[float, float, float, float]]:
+        """What each panel must show; energy and FLOPs reach to what training on everything will cost."""
+        trace = monitor.main
+        epochs, points = (trace.epochs, trace.points) if trace else (1, [])
+        seconds = max([t.seconds for t in monitor.traces], default=1.0)
+        thetas = [p.threshold for p in points if math.isfinite(p.threshold)]
+        total = epochs * trace.n if trace else 1
+        full = trace.flops(Point(0, total, 0, 0, 0))[1] if trace else 0.0
+        high, tallest = 1.0, 10.0
+        if monitor.scores is not None:
+            counts, edges = self.bins(monitor.scores[0])
+            high, tallest = edges[-1], nice(1.2 * counts.max())
+        low, up = math.floor(4 * min([0.0, *thetas])) / 4, math.ceil(4 * max([1.0, *thetas])) / 4
+        joules = nice(max([p.joules for p in points if math.isfinite(p.joules)], default=1.0))
+        return {
+            "accuracy": (0, nice(1.3 * seconds), 0, 100),
+            "rate": (0, epochs, 0, 1.04),
+            "threshold": (0, epochs, low, up),
+            "energy": (0, epochs, 0, 1e-3 * UNIT_ACTIVATED * total),
+            "flops": (0, epochs, 0, 1e-12 * full or 1.0),
+            "histogram": (0, high, 0, tallest),
+            "joules": (0, epochs, 0, joules),
+        }
 
     def accuracy(self, axes: object, monitor: Monitor) -> None:
-        axes.set(title="Validation accuracy", xlabel="seconds", ylabel="accuracy (%)")
-        shown = [t for t in monitor.traces if t.seed == monitor.now.seed] if monitor.now else []
+        shown = [t for t in monitor.traces if t.seed == monitor.now.seed and t.rows] if monitor.now else []
         for trace in shown:
             x, y = [r["elapsed_seconds"] for r in trace.rows], [r["val_accuracy"] for r in trace.rows]
             axes.plot(x, y, ".-", color=COLOURS.get(trace.policy, "black"))
-        axes.set_xlim(0, 1.3 * max([t.seconds for t in shown], default=1.0) or 1.0)
-        label_ends(axes, [{"policy": t.policy, "epochs": t.rows} for t in shown if t.rows], 0.8)
+        label_ends(axes, [{"policy": t.policy, "epochs": t.rows} for t in shown], 0.8)
         self.marks(axes, monitor, 1)
 
     def rate(self, axes: object, monitor: Monitor) -> None:
-        axes.set(title="Activation rate (dotted: target)", ylabel="activated / candidates", ylim=(0, 1.04))
-        points = self.timeline(axes, monitor)
+        points = self.points(monitor)
         x = [p.epochs for p in points]
         axes.plot(x, [p.rate for p in points], color=self.colour(monitor))
         axes.step(x, [p.target for p in points], where="pre", color="black", linestyle=":")
         self.marks(axes, monitor, 0, named=True)
 
     def threshold(self, axes: object, monitor: Monitor) -> None:
-        axes.set(title="Threshold", ylabel="θ (rank of the significance)")
-        points = self.timeline(axes, monitor)
+        points = self.points(monitor)
         axes.plot([p.epochs for p in points], [p.threshold for p in points], color=self.colour(monitor))
         self.marks(axes, monitor, 0)
 
     def energy(self, axes: object, monitor: Monitor) -> None:
-        axes.set(title="Unit energy (a model, not joules)", ylabel="thousand units")
-        points = self.timeline(axes, monitor)
+        points = self.points(monitor)
         spent = [1e-3 * Account(0.0, p.candidates, p.activated).unit_energy for p in points]
         self.areas(axes, monitor, points, spent, [1e-3 * UNIT_ACTIVATED * p.candidates for p in points])
 
     def flops(self, axes: object, monitor: Monitor) -> None:
-        axes.set(title="FLOPs of training and scoring", ylabel="TFLOPs")
-        points = self.timeline(axes, monitor)
+        points = self.points(monitor)
         flops = np.array([monitor.main.flops(p) for p in points]).reshape(-1, 2) * 1e-12
         self.areas(axes, monitor, points, flops[:, 0], flops[:, 1])
 
     def joules(self, axes: object, monitor: Monitor) -> None:
-        axes.set(title="Measured energy", ylabel="joules")
-        points = self.timeline(axes, monitor)
+        points = self.points(monitor)
         axes.plot([p.epochs for p in points], [p.joules for p in points], color=self.colour(monitor))
         self.marks(axes, monitor, 0)
 
     def histogram(self, axes: object, monitor: Monitor) -> None:
-        axes.set(title="Significance of the samples", xlabel="significance", ylabel="samples (%)")
         if monitor.scores is None:
             axes.text(
                 0.5, 0.5, "scored from the first\nsparse epoch on", ha="center", transform=axes.transAxes
             )
             return
         scores, theta = monitor.scores
-        high = max(float(np.quantile(scores, 0.99)), 1e-6)
-        counts, edges = np.histogram(np.clip(scores, 0, high), 30)
-        axes.stairs(100 * counts / len(scores), edges, fill=True, color=COLOURS["ast"], alpha=0.45)
-        axes.set_ylim(0, 122 * counts.max() / len(scores))
+        counts, edges = self.bins(scores)
+        axes.stairs(counts, edges, fill=True, color=COLOURS["ast"], alpha=0.45)
         if math.isfinite(theta):
-            at = float(np.quantile(scores, min(1.0, max(0.0, theta))))
-            axes.axvline(min(at, high), color="black", linestyle="--")
-            side = "right" if at > high / 2 else "left"
-            axes.text(
-                min(at, high),
-                0.97,
-                f" θ = {theta:.2f} ",
-                ha=side,
-                va="top",
-                transform=axes.get_xaxis_transform(),
-            )
+            at = min(edges[-1], float(np.quantile(scores, min(1.0, max(0.0, theta)))))
+            axes.axvline(at, color="black", linestyle="--")
+            side = "right" if at > edges[-1] / 2 else "left"
+            height = {"va": "top", "transform": axes.get_xaxis_transform(), "bbox": PLATE}
+            axes.text(at, 0.97, f"  θ = {theta:.2f}  ", ha=side, **height)
 
-    def timeline(self, axes: object, monitor: Monitor) -> list[Point]:
-        """Sets up an axis of epochs; returns the points of the gate's run."""
-        trace = monitor.main
-        axes.set(xlabel="epochs", xlim=(0, trace.epochs if trace else 1))
-        return list(trace.points) if trace else []
+    @staticmethod
+    def bins(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Percent of the samples in each of 30 bins, and their edges; the last one holds all beyond."""
+        high = nice(float(np.quantile(scores, 0.98)))
+        counts, edges = np.histogram(np.clip(scores, 0, high), 30, (0, high))
+        return 100 * counts / len(scores), edges
+
+    @staticmethod
+    def points(monitor: Monitor) -> list[Point]:
+        """Those of the gate under test."""
+        return list(monitor.main.points) if monitor.main else []
 
     def areas(self, axes: object, monitor: Monitor, points: list[Point], spent: object, full: object) -> None:
         """What was spent, as an area below what training on everything would have spent by now."""
-        x = [p.epochs for p in points]
+        x, colour = [p.epochs for p in points], self.colour(monitor)
         axes.fill_between(x, full, color=COLOURS["full"], alpha=0.3, linewidth=0)
-        axes.fill_between(x, spent, color=self.colour(monitor), alpha=0.75, linewidth=0)
-        axes.set_ylim(bottom=0)
-        axes.text(0.03, 0.95, "on everything", color="#444444", va="top", transform=axes.transAxes)
+        axes.fill_between(x, spent, color=colour, alpha=0.75, linewidth=0)
+        style = {"va": "top", "transform": axes.transAxes, "bbox": PLATE}
+        axes.text(0.03, 0.95, "training on everything", color="#444444", **style)
         name = monitor.main.policy if monitor.main else "ast"
-        axes.text(0.03, 0.85, name, color=self.colour(monitor), va="top", transform=axes.transAxes)
         if points and full[-1] > 0:
-            saved = f"{100 * (1 - spent[-1] / full[-1]):.0f} % less"
-            axes.text(0.03, 0.75, saved, va="top", transform=axes.transAxes)
+            name += f": {100 * (1 - spent[-1] / full[-1]):.0f} % less so far"
+        axes.text(0.03, 0.84, name, color=colour, **style)
         self.marks(axes, monitor, 0)
 
     def marks(self, axes: object, monitor: Monitor, x: int, named: bool = False) -> None:
@@ -4216,7 +4255,7 @@ class LivePicture:
             axes.axvline(mark[x], color="black", linewidth=0.8, alpha=0.5)
             if named and mark[x] - last > 0.05 * monitor.main.epochs:
                 where = {"transform": axes.get_xaxis_transform(), "rotation": 90, "fontsize": 7.5}
-                axes.text(mark[x], 0.98, mark[2] + " ", ha="right", va="top", **where)
+                axes.text(mark[x], 0.03, mark[2] + " ", ha="right", va="bottom", **where)
                 last = mark[x]
 
     @staticmethod
