@@ -3,6 +3,7 @@
     python build_notebooks.py                                   render; write the badges
     python build_notebooks.py --sync standalone/cifar10_ast.py  carry its shared cells to the others; render
     python build_notebooks.py --check                           write nothing; fail where one of these is due
+    python build_notebooks.py --kaggle USER                     write folders that `kaggle kernels push` takes
 
 A program in `standalone/` (jupytext's percent format) is the source of truth; `notebooks/` holds its image.
 The cells that every program needs are tagged `shared` and stand in each of them, byte for byte, as one run of
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import re
 import sys
 from collections import Counter
@@ -48,6 +50,10 @@ JUPYTEXT_HEADER = {
 KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 CELL = re.compile(r"^(?=# %%\s)", re.MULTILINE)
+# What a program's settings cell must say to be pushed to Kaggle: OWNER/SLUG of the data set to attach.
+KAGGLE_DATA = re.compile(r'^KAGGLE_DATA = "([\w-]+/[\w-]+)"', re.MULTILINE)
+KAGGLE_FOLDER = "build/kaggle"
+
 BADGES_START = re.compile(r"^(?:# )?<!-- badges -->$", re.MULTILINE)
 BADGES = re.compile(r"^((?:# )?)<!-- badges -->\n(?:.*\n)*?\1<!-- /badges -->$", re.MULTILINE)
 
@@ -239,6 +245,48 @@ def sync(root: Path, source: Path) -> None:
             print(f"carried the shared cells of {origin.name} to {program.name}")
 
 
+def kaggle(root: Path, user: str) -> None:
+    """Write, for every program as notebook and as script, a folder with a copy of it and its metadata."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", user):
+        raise BuildError(
+            f"--kaggle {user}", "expected a Kaggle user name", "take it from your profile's address"
+        )
+    programs = load_programs(root)
+    files = wanted(root, programs)
+    for program in programs:
+        data = KAGGLE_DATA.search(program.text)
+        if not data:
+            remedy = "name there the data set to attach, as on Kaggle"
+            raise BuildError(program.name, 'expected a line KAGGLE_DATA = "OWNER/SLUG"', remedy)
+        for kind, source in (("notebook", program.notebook), ("script", program.name)):
+            code = Path(source).name
+            folder = root / KAGGLE_FOLDER / f"{Path(code).stem}-{kind}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / code).write_bytes(files[source].encode())
+            metadata = json.dumps(kernel_metadata(user, code, kind, data[1]), indent=2) + "\n"
+            (folder / "kernel-metadata.json").write_text(metadata, encoding="utf-8")
+            print(f"To push and run it: kaggle kernels push -p {folder.relative_to(root)}")
+
+
+def kernel_metadata(user: str, code: str, kind: str, data: str) -> dict[str, object]:
+    title = f"{Path(code).stem}-{kind}".replace("_", "-")
+    return {
+        "id": f"{user}/{title}",
+        "title": title,  # Kaggle derives the address from the title, and wants both to agree
+        "code_file": code,
+        "language": "python",
+        "kernel_type": kind,
+        "is_private": True,
+        "enable_gpu": True,
+        "machine_shape": "NvidiaTeslaT4",  # without it one may get a P100, for which its torch has no code
+        "enable_internet": True,
+        "dataset_sources": [data],
+        "competition_sources": [],
+        "kernel_sources": [],
+        "model_sources": [],
+    }
+
+
 def problems(root: Path) -> Iterator[str]:
     """Yield, for all that is stale, what it is, the diff of its mending, and the command that mends it."""
     programs = load_programs(root)
@@ -282,12 +330,16 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--check", action="store_true", help="write nothing; exit 1 where something is stale")
     action.add_argument("--sync", type=Path, metavar="PROGRAM", help="carry its shared cells to the others")
+    action.add_argument("--kaggle", metavar="USER", help=f"write {KAGGLE_FOLDER}/, for `kaggle kernels push`")
     options = parser.parse_args(arguments)
     try:
         if options.check:
             found = list(problems(root))
             print("\n\n".join(found) or "every notebook is what its program renders to")
             return 1 if found else 0
+        if options.kaggle:
+            kaggle(root, options.kaggle)
+            return 0
         if options.sync:
             sync(root, options.sync)
         write(root)

@@ -19,6 +19,11 @@ import cifar10_ast as program  # noqa: E402
 CHAPTERS = {
     "Train a model of your own": ["ASTConfig", "AdaptiveSparseTrainer", "Controls", "BadInput"],
     "Run the whole program": ["Settings", "run", "load_data", "ImageData", "shapes"],
+    "In a notebook": [
+        *("prepare", "run_live", "Monitor", "Dashboard"),
+        *("show_significance", "playground", "step_response"),
+        *("show_table", "show_costs", "show_classes", "show_memory", "show_chosen"),
+    ],
     "The method, piece by piece": [
         *("significance", "Memory", "activation_probability", "solve_threshold", "Controller"),
         *("systematic", "importance_weights", "Schedule", "learning_rate_shape"),
@@ -128,6 +133,16 @@ ROWS: dict[str, list[tuple[str, Callable[[dict], str], str]]] = {
                 + f"; {r['bytes_per_sample']:.0f}"
             ),
             "≤ 0.5 s; ≤ 16",
+        )
+    ],
+    "dashboard": [
+        (
+            "seconds an epoch with the dashboard ÷ without, on every core and with one free; largest picture",
+            lambda r: (
+                f"{r['every_core']['ratio']:.3f} and {r['a_core_free']['ratio']:.3f}; "
+                f"{max(r[k]['picture_bytes'] for k in ('every_core', 'a_core_free')) / 1000:.0f} kB"
+            ),
+            "≤ 1.03 and ≤ 1.01; ≤ 100 kB",
         )
     ],
     "accuracy": [

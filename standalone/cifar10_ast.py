@@ -103,10 +103,12 @@ from tqdm import tqdm
 #
 # Every field is also a flag (`--target-activation 0.2`) and an environment variable
 # (`AST_TARGET_ACTIVATION=0.2`). A flag beats a variable, a variable beats this cell, and what is left at
-# `None` the device decides: the run prints what it settled on. In a notebook, edit this cell.
+# `None` the device decides: the run prints what it settled on. In a notebook, edit this cell, or the short
+# form below it.
 
 # %% Settings
 PROGRAM = "cifar10_ast"
+KAGGLE_DATA = "pankrzysiu/cifar10-python"  # the data set to attach to a notebook on Kaggle
 
 
 @dataclass
@@ -153,6 +155,20 @@ class Settings:
 CHOICES = {"model": ("simple_cnn", "resnet")}
 
 settings = Settings()
+
+# %% Your run [markdown]
+# ### Your run
+#
+# What most people change: a form in Colab, a few lines to edit elsewhere. To train on your own images, put
+# the path of a folder with `train/<class>/` and `val/<class>/`, or of a `.zip` like it, into `data`, and
+# Run all.
+
+# %% Your run tags=["active-ipynb"]
+# data = "auto"  # @param ["auto", "cifar10", "shapes"] {"allow-input": true}
+# target_activation = 0.4  # @param {"type": "slider", "min": 0.02, "max": 1.0, "step": 0.02}
+# gate = "remembered"  # @param ["remembered", "live", "random"]
+# epochs = 0  # @param {"type": "integer"}
+# settings = Settings(data=data, target_activation=target_activation, gate=gate, epochs=epochs or None)
 
 # %% Why one form for all data [markdown]
 # ## The data
@@ -947,9 +963,8 @@ def load_data(settings: Settings, say: Callable[[str], None]) -> ImageData:
                 looked = "; ".join(
                     [str(folder), str(KAGGLE_INPUT), *(f"{url} ({failed[url]})" for url in failed)]
                 )
-                remedy = (
-                    f"put {CIFAR10_ARCHIVE} into {folder}, add CIFAR-10 to the Kaggle inputs, or name a path"
-                )
+                remedy = f"put {CIFAR10_ARCHIVE} into {folder}, add {KAGGLE_DATA} to the Kaggle inputs, "
+                remedy += "or name a path"
                 if settings.data == "cifar10":
                     raise BadInput(f"--data cifar10: not found in {looked}; {remedy}")
                 say(f"NO CIFAR-10, going on with SYNTHETIC `shapes`: not found in {looked}; {remedy}")
@@ -3831,6 +3846,12 @@ def main() -> int:
 PUMP_SECONDS = 0.1  # between two looks at the sliders
 
 
+def kernel() -> object | None:
+    """The ipykernel that runs this notebook; None in a script."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return getattr(shell, "kernel", None)
+
+
 class Worker(threading.Thread):
     """Runs `work` beside the notebook. A daemon, so that a restarted kernel never waits for it."""
 
@@ -3862,10 +3883,9 @@ class Pump:
     """
 
     def __init__(self):
-        shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-        kernel = getattr(shell, "kernel", None)
-        turns = hasattr(kernel, "do_one_iteration") and hasattr(kernel, "schedule_dispatch")
-        self.kernel = kernel if turns else None
+        self.kernel = kernel()
+        if not hasattr(self.kernel, "do_one_iteration") or not hasattr(self.kernel, "schedule_dispatch"):
+            self.kernel = None
         self.held: list[tuple] = []
 
     async def __aenter__(self) -> "Pump":
@@ -4116,8 +4136,9 @@ class LivePicture:
     drawn onto it, as long as no limit moves.
     """
 
-    def __init__(self, joules: bool = False):
-        """joules: whether there is a sensor, which gets a panel of its own."""
+    def __init__(self, monitor: Monitor):
+        """Has a panel for joules if the monitor has seen any."""
+        joules = monitor.now is not None and monitor.now.latest.get("joules") is not None
         with matplotlib.rc_context(LIVE_STYLE):
             self.figure = Figure(figsize=(12.6 if joules else 9.8, 5.3), dpi=100)
             FigureCanvasAgg(self.figure)
@@ -4264,6 +4285,14 @@ class LivePicture:
 
 
 # %% The dashboard tags=["shared"]
+def show_png(picture: bytes) -> None:
+    """Displays a PNG in a notebook."""
+    from IPython.display import Image as Shown  # a script needs no IPython
+    from IPython.display import display
+
+    display(Shown(picture))
+
+
 class Dashboard:
     """Sliders and buttons that write `controls`, panels that show `monitor`; all in the cell's own thread."""
 
@@ -4349,7 +4378,7 @@ class Dashboard:
     def show(self) -> None:
         from IPython.display import display
 
-        self.image.value = LivePicture().draw(self.monitor)
+        self.image.value = LivePicture(self.monitor).draw(self.monitor)
         self.handle = display(self.box, display_id=True)
 
     def refresh(self) -> None:
@@ -4363,15 +4392,9 @@ class Dashboard:
         if self.monitor.now is not self.shown:
             self._follow(self.monitor.now)
         if self.monitor.now and now - self.drawn >= self.pause_between:
-            self.drawn = now
-            self.image.value = self.draw()
+            self.drawn, self.picture = now, self.picture or LivePicture(self.monitor)
+            self.image.value = self.picture.draw(self.monitor)
             self.pause_between = max(1.0, (time.monotonic() - now) / self.DRAWING)
-
-    def draw(self) -> bytes:
-        if self.picture is None:
-            joules = self.monitor.now.latest.get("joules") if self.monitor.now else None
-            self.picture = LivePicture(joules is not None)
-        return self.picture.draw(self.monitor)
 
     def _follow(self, trace: Trace) -> None:
         """A policy begins: only the gate under test can be steered, and a resumed run has its own values."""
@@ -4408,22 +4431,19 @@ class Dashboard:
             f"saved so far against training on everything: {' · '.join(saved)}"
         )
 
-    def finish(self, path: Path | None) -> None:
+    def finish(self, picture: bytes | None) -> None:
         """Puts a plain picture in the dashboard's place, since a saved notebook keeps no widgets."""
+        from IPython.display import HTML
         from IPython.display import Image as Shown
 
-        picture = self.draw()
-        self.handle.update(Shown(picture))
+        self.handle.update(Shown(picture) if picture else HTML(""))
         self.box.close()
-        if path:
-            write_whole(path, picture)
 
 
 def widgets_serve() -> bool:
     """Whether there may be somebody to move a slider: a kernel with ipywidgets, not Kaggle's batch run."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     watched = os.environ.get("KAGGLE_KERNEL_RUN_TYPE", "") != "Batch"
-    return watched and hasattr(shell, "kernel") and importlib.util.find_spec("ipywidgets") is not None
+    return watched and kernel() is not None and importlib.util.find_spec("ipywidgets") is not None
 
 
 async def run_live(settings: object, ready: "Ready | None" = None) -> dict:
@@ -4455,9 +4475,15 @@ async def run_live(settings: object, ready: "Ready | None" = None) -> dict:
                     raise
                 controls.ask_stop("interrupt")
     tell()
+    picture = LivePicture(monitor).draw(monitor) if monitor.traces else None
     if panel:
-        panel.finish(Path(settled.out) / "dashboard.png" if worker.error is None else None)
-    return worker.result()
+        panel.finish(picture)
+    elif picture and kernel():
+        show_png(picture)
+    summary = worker.result()
+    if picture:
+        write_whole(Path(summary["out"]) / "dashboard.png", picture)
+    return summary
 
 
 # %% Why lessons [markdown] tags=["shared"]
@@ -4493,11 +4519,8 @@ def new_figure(width: float, height: float, columns: int) -> tuple[Figure, np.nd
 
 def show(figure: Figure, path: Path | None = None) -> None:
     """Displays a figure in a notebook, and writes it to `path`."""
-    from IPython.display import Image as Shown  # a script needs no IPython
-    from IPython.display import display
-
     picture = png_of(figure)
-    display(Shown(picture))
+    show_png(picture)
     if path:
         write_whole(path, picture)
 
@@ -4786,8 +4809,8 @@ def show_chosen(summary: dict, ready: Ready, shown: int = 10) -> None:
 # ### Play with the controller
 #
 # No training here: only the loop that holds the activation rate. See in it that with the solve the rate
-# meets a new target at once, that PI alone has to find its way and swings when its gains grow, and that
-# losing samples (`lost`) bends the rate only until the integral has answered.
+# meets a new target at once; that PI alone creeps there, and overshoots where `ki` is large and `kp` 0; and
+# that losing samples (`lost`) bends the rate only until the integral has answered.
 
 # %% Play with the controller tags=["active-ipynb"]
 # playground()
@@ -4823,12 +4846,9 @@ if __name__ == "__main__":
 # %% The picture
 def show_curves(summary: dict) -> None:
     """Shows a run's curves.png in a notebook."""
-    from IPython.display import Image as Shown  # a script needs no IPython
-    from IPython.display import display
-
     path = Path(summary["out"]) / "curves.png"
     if path.exists():
-        display(Shown(filename=str(path)))
+        show_png(path.read_bytes())
     else:
         print("no epoch was finished, so there is no curve")
 

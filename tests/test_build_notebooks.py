@@ -670,3 +670,39 @@ def test_no_program_at_all_is_refused(tmp_path, capsys):
 def test_the_notebooks_of_this_repository_are_what_its_programs_render_to(capsys):
     status = build_notebooks.main(["--check"])
     assert status == 0, capsys.readouterr()
+
+
+def test_kaggle_folders_hold_the_program_and_what_a_push_needs(two, capsys):
+    for name in ("one", "two"):
+        edit(
+            two / "standalone" / f"{name}.py", "import os\n", 'import os\n\nKAGGLE_DATA = "owner/some-data"\n'
+        )
+    assert build_notebooks.main([], two) == 0
+    before = files(two)
+    assert build_notebooks.main(["--kaggle", "someone"], two) == 0
+    assert files(two).items() >= before.items()
+    printed = capsys.readouterr().out
+    for kind, code in (("notebook", "one.ipynb"), ("script", "one.py")):
+        folder = two / "build" / "kaggle" / f"one-{kind}"
+        assert f"kaggle kernels push -p build/kaggle/one-{kind}\n" in printed
+        metadata = json.loads((folder / "kernel-metadata.json").read_text())
+        source = two / ("notebooks" if kind == "notebook" else "standalone") / code
+        assert (folder / metadata["code_file"]).read_bytes() == source.read_bytes()
+        assert metadata["id"] == f"someone/{metadata['title']}" == f"someone/one-{kind}"
+        assert metadata["kernel_type"] == kind
+        assert metadata["machine_shape"] == "NvidiaTeslaT4"
+        assert metadata["enable_gpu"] is True
+        assert metadata["dataset_sources"] == ["owner/some-data"]
+
+
+def test_kaggle_refuses_a_name_that_cannot_be_and_a_program_without_data(two, capsys):
+    assert build_notebooks.main(["--kaggle", "../me"], two) == 2
+    assert "--kaggle ../me: expected a Kaggle user name" in capsys.readouterr().err
+    assert build_notebooks.main(["--kaggle", "someone"], two) == 2
+    assert 'one.py: expected a line KAGGLE_DATA = "OWNER/SLUG"' in capsys.readouterr().err
+    assert not (two / "build").exists()
+
+
+def test_the_programs_of_this_repository_name_their_data_for_kaggle():
+    for program in build_notebooks.load_programs(build_notebooks.ROOT):
+        assert build_notebooks.KAGGLE_DATA.search(program.text)

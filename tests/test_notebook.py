@@ -1,8 +1,11 @@
 """The rendered notebook, run from top to bottom by nobody, without a display."""
 
 import base64
+import importlib
 import io
 import json
+import re
+import warnings
 
 import matplotlib.image
 import nbformat
@@ -14,17 +17,38 @@ from nbclient import NotebookClient
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
+def outputs(notebook, kind):
+    """The outputs of each titled code cell that hold `kind`: a mime type, or stream."""
+    found = {}
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if output.output_type == kind or kind in output.get("data", {}):
+                found.setdefault(cell.metadata.title, []).append(output.get("text") or output["data"][kind])
+    return found
+
+
+def assert_a_picture(png):
+    pixels = matplotlib.image.imread(io.BytesIO(png))[..., :3]
+    assert np.ptp(pixels) > 0.5
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("batch", [False, True], ids=["nbclient", "kaggle-batch"])
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_the_notebook_trains_from_top_to_bottom(path, tmp_path, monkeypatch):
+def test_the_notebook_runs_by_itself_from_top_to_bottom(path, batch, tmp_path, monkeypatch):
     monkeypatch.setenv("AST_DATA", "shapes")
     monkeypatch.setenv("AST_TRAIN_SIZE", "6000")
     monkeypatch.setenv("AST_EPOCHS", "4")
     monkeypatch.setenv("AST_MODEL", "simple_cnn")
+    out = tmp_path / "results"
+    monkeypatch.setenv("AST_OUT", str(out))
+    if batch:
+        monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+        monkeypatch.setenv("AST_DATA_DIR", str(tmp_path))
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
     client.execute()
-    out = tmp_path / "runs" / path.stem
     summary = json.loads((out / "summary.json").read_text())
     assert summary["complete"]
     assert summary["synthetic"]
@@ -34,20 +58,42 @@ def test_the_notebook_trains_from_top_to_bottom(path, tmp_path, monkeypatch):
     assert len(rows) == 12
     assert ours[-1]["train_loss"] < ours[0]["train_loss"]
     assert ours[2]["activated"] == 2400
-    printed = "".join(
-        o["text"] for c in notebook.cells for o in c.get("outputs", []) if o.output_type == "stream"
+    printed = outputs(notebook, "stream")
+    table = "".join(printed["Run in a notebook"])
+    assert "SYNTHETIC" in table
+    assert all(
+        len(re.findall(rf"^{policy} +\d/4 ", table, re.MULTILINE)) == 4 for policy in summary["policies"]
     )
-    assert "SYNTHETIC" in printed
-    pictures = [
-        o["data"]["image/png"]
-        for c in notebook.cells
-        for o in c.get("outputs", [])
-        if "image/png" in o.get("data", {})
+    assert "| --- |" in "".join(outputs(notebook, "text/markdown")["What came out"])
+
+    pictures = outputs(notebook, "image/png")
+    titles = [
+        cell.metadata.title for cell in notebook.cells if "active-ipynb" in cell.metadata.get("tags", [])
     ]
-    assert pictures
-    for picture in pictures:
-        pixels = matplotlib.image.imread(io.BytesIO(base64.b64decode(picture)))
-        assert np.ptp(pixels) > 0.5
+    silent = {"Your run", "Load the data", "What came out"}
+    silent |= set() if batch else {"Play with the controller"}
+    for title in set(titles) - silent:
+        for picture in pictures[title]:
+            assert_a_picture(base64.b64decode(picture))
+    for name in ("curves", "costs", "classes", "significance", "chosen", "dashboard"):
+        assert_a_picture((out / f"{name}.png").read_bytes())
+    views = outputs(notebook, "application/vnd.jupyter.widget-view+json")
+    assert set(views) == (set() if batch else {"Play with the controller"})
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_form_says_what_the_settings_cell_says(path):
+    program = importlib.import_module(path.stem)
+    cells = {cell.metadata.get("title"): cell for cell in nbformat.read(path, as_version=4).cells}
+    names = {"Settings": program.Settings}
+    exec(cells["Your run"].source, names)
+    assert names["settings"] == program.Settings()
+    fields = re.findall(
+        r"^\w+ = .+?  # @param (\[.*?\])? ?(\{.*\})?$", cells["Your run"].source, re.MULTILINE
+    )
+    assert len(fields) == len(re.findall("@param", cells["Your run"].source)) >= 4
+    for choices, options in fields:  # each is what Colab reads as JSON
+        assert json.loads(choices or options)
 
 
 def test_bad_input_in_a_notebook_is_one_sentence_and_never_an_exit(cifar, monkeypatch):
@@ -61,7 +107,9 @@ def test_bad_input_in_a_notebook_is_one_sentence_and_never_an_exit(cifar, monkey
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_committed_notebook_holds_no_output_and_no_widget_state(path):
-    notebook = nbformat.read(path, as_version=4)
-    nbformat.validate(notebook)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
     assert "widgets" not in notebook.metadata
     assert all(not cell.get("outputs") and not cell.get("execution_count") for cell in notebook.cells)
