@@ -55,7 +55,6 @@ import functools
 import hashlib
 import http.client
 import importlib.util
-import inspect
 import io
 import itertools
 import json
@@ -2396,7 +2395,9 @@ class Epoch:
     loss: float = 0.0  # sum over the trained samples
     trained: int = 0  # samples with a finite loss
     activated: int = 0  # samples that went through a step
-    candidates: int = 0
+    candidates: int = 0  # offered
+    decided: int = 0  # of these, how many the gate has decided on
+    chosen: int = 0  # of these, how many it lets through
     spoiled: int = 0  # steps not taken
     waited: float = 0.0  # seconds in which the step waited for data
 
@@ -2495,6 +2496,8 @@ class AdaptiveSparseTrainer:
             epochs=self.schedule.epochs,
             n=len(self.train_source),
             rows=list(self.rows),
+            changes=self.changes,
+            begun=(self.epoch.decided, self.epoch.chosen) if self.epoch else (0, 0),
         )
         while len(self.rows) < self.schedule.epochs and not self.controls.stopping():
             self._train_epoch()
@@ -2523,6 +2526,7 @@ class AdaptiveSparseTrainer:
         self.alive = torch.ones(len(self.train_source), dtype=torch.bool)  # not found unreadable
         self.times_activated = torch.zeros(len(self.train_source), dtype=torch.int16)  # in gated epochs
         self.rows: list[dict] = []
+        self.changes: list[tuple[float, float, str]] = []  # by hand: epochs, seconds, what
         self.epoch: Epoch | None = None
         self.unfinished = False
         self.unread: list[tuple[Tensor, Tensor, Tensor]] = []  # indices; scores and sums, still on the device
@@ -2571,6 +2575,7 @@ class AdaptiveSparseTrainer:
 
     def _pause(self) -> None:
         """Saves, and waits until somebody resumes or stops it; the ledger does not run meanwhile."""
+        self._flush()
         self._apply_controls()
         if self.save:
             self._save()
@@ -2583,6 +2588,12 @@ class AdaptiveSparseTrainer:
     def _change_gate(self) -> None:
         name = self.controls.values["gate"] or self.gate_name
         if self.learned and name != self.gate_name:
+            if name == "live" and self.config.score_scale < 1:
+                try:
+                    self.refuse_scale(next(self.val_source.in_order())[0])
+                except BadInput as error:
+                    self.controls.values["gate"] = None
+                    return self.emit("notice", text=f"gate live not taken: {error}")
             if name not in self.gates:
                 self.gates[name] = self._make_gate(name)
             self.gate_name = name
@@ -2604,7 +2615,7 @@ class AdaptiveSparseTrainer:
         self.epoch.candidates += len(candidates)
         self.controls.candidates += len(candidates)
         self.ledger.accounts[self.schedule.phase(len(self.rows))].candidates += len(candidates)
-        if rate < 1 and self.after_loader:
+        if self.after_loader:
             return candidates, torch.ones(len(candidates))  # decided on once they are loaded
         chosen = candidates, torch.ones(len(candidates))
         if rate < 1:
@@ -2615,9 +2626,11 @@ class AdaptiveSparseTrainer:
     def _decided(self, offered: int, activated: int) -> None:
         """Tells of one decision of the gate, and of what has been spent by now."""
         rate, spent = self._rate(), self.ledger.total()
+        self.epoch.decided += offered
+        self.epoch.chosen += activated
         self.emit(
             "chunk",
-            candidates=self.epoch.candidates,
+            candidates=self.epoch.decided,
             n=len(self.epoch.plan.order),
             phase=self.schedule.phase(len(self.rows)),
             rate=rate,
@@ -2637,7 +2650,7 @@ class AdaptiveSparseTrainer:
         later = []
         while self.controls.asked:
             control, value, set_at = self.controls.asked.popleft()
-            if control == "gate" and self.epoch is not None:
+            if control == "gate" and (self.epoch is not None or not self.learned):
                 later.append((control, value, set_at))
                 continue
             own = {"target_activation": self.config.target_activation, "gate": self.gate_name}
@@ -2647,6 +2660,8 @@ class AdaptiveSparseTrainer:
                 self.controls.values[control] = value
             change = {"control": control, "old": old, "new": value, "set_at": set_at}
             self.emit("control", time=time.time(), candidates=self.controls.candidates, **change)
+            at = len(self.rows) + (self.epoch.decided / len(self.epoch.plan.order) if self.epoch else 0)
+            self.changes.append((at, self.ledger.seconds(), change_words(change)))
         self.controls.asked.extendleft(reversed(later))
 
     def _batches(self, plan: Plan) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
@@ -2654,6 +2669,8 @@ class AdaptiveSparseTrainer:
         yield from plan.pack()
         for indices, images, labels in self.train_source.stream(plan.batches()):
             weights, missing = plan.received(indices)
+            if self.after_loader and self._rate() == 1:
+                self._decided(len(indices) + len(missing), len(indices) + len(missing))
             if len(missing):
                 self.alive[missing] = False
                 self._observe(missing, torch.full((len(missing),), math.nan))
@@ -2887,6 +2904,7 @@ class AdaptiveSparseTrainer:
             "peak_memory_mib": peak_memory_mib(self.device),
             "phases": accounts,
             "epochs": self.rows,
+            "changes": self.changes,
         }
 
     # --- state ---
@@ -2917,11 +2935,13 @@ class AdaptiveSparseTrainer:
             ],
             "ledger": self.ledger.state_dict(),
             "controls": dict(self.controls.values),
+            "asked": [list(wish) for wish in self.controls.asked if wish[0] == "gate"],
             "controls_candidates": self.controls.candidates,
             "alive": self.alive,
             "times_activated": self.times_activated,
             "unreadable": dict(self.train_source.unreadable),
             "rows": list(self.rows),
+            "changes": list(self.changes),
             "epoch": epoch,
             "plan": self.epoch.plan.state_dict() if self.epoch else None,
             "progress": self.progress,
@@ -2944,9 +2964,11 @@ class AdaptiveSparseTrainer:
         self.train_source.generator.set_state(state["generators"][1])
         set_rng_states(self.device, state["generators"][2:])
         self.controls.values = dict(state["controls"])
+        self.controls.asked.extendleft(tuple(wish) for wish in reversed(state["asked"]))
         self.controls.candidates = state["controls_candidates"]
         self.alive, self.rows, self.progress = state["alive"], list(state["rows"]), state["progress"]
         self.times_activated = state["times_activated"].clone()
+        self.changes = [tuple(change) for change in state["changes"]]
         self.train_source.unreadable = dict(state["unreadable"])
         self.flops, self.uncounted = dict(state["flops"]), list(state["uncounted"])
         if state["epoch"] is not None:
@@ -2959,9 +2981,25 @@ class AdaptiveSparseTrainer:
             self.epoch = Epoch(plan, **state["epoch"])
 
 
+def change_words(data: dict) -> str:
+    """A change by hand, in a few words: target 0.1."""
+    names = {"target_activation": "target", "learning_rate_factor": "lr ×"}
+    if data["control"] == "paused":
+        return "paused" if data["new"] else "resumed"
+    new = data["new"] if isinstance(data["new"], str) else f"{data['new']:.3g}"
+    return new if data["control"] == "stop" else f"{names.get(data['control'], data['control'])} {new}"
+
+
+def scores_of(gate: object) -> Tensor:
+    """The finite significances [k] that a gate ranks by; none if its `scores` are something else."""
+    scores = getattr(gate, "scores", None)
+    known = isinstance(scores, Tensor) and scores.ndim == 1
+    return scores[scores.isfinite()] if known else torch.empty(0)
+
+
 def quantiles(gate: object) -> list[float] | None:
     """The 0, 5, … 100 % quantiles of the significances that a gate ranks by; None if it knows none."""
-    scores = getattr(gate, "scores", torch.empty(0))
+    scores = scores_of(gate)
     return [round(float(q), 5) for q in scores.quantile(torch.linspace(0, 1, 21))] if len(scores) else None
 
 
@@ -3204,6 +3242,7 @@ def draw_accuracy(axes: object, results: list[dict], x: str, label: str) -> None
         axes.plot([r[x] for r in rows], [r["val_accuracy"] for r in rows], color=colour, marker=".")
     axes.set(title="Validation accuracy", xlabel=label, ylabel="accuracy (%)")
     label_ends(axes, results)
+    mark_changes(axes, results, x)
 
 
 def label_ends(axes: object, results: list[dict], at: float = 1.01) -> None:
@@ -3234,6 +3273,19 @@ def draw_rate(axes: object, results: list[dict]) -> None:
     axes.plot(epochs, [r["activation_rate"] for r in rows], "o", markersize=4, color=colour, label="realised")
     axes.set(title="Activation rate", xlabel="epoch", ylabel="activated / candidates", ylim=(0, 1.08))
     axes.legend(frameon=False, loc="lower left")
+    mark_changes(axes, results, "epoch", named=True)
+
+
+def mark_changes(axes: object, results: list[dict], x: str, named: bool = False) -> None:
+    """A line for each change by hand during the first result, over an axis of epochs or of seconds."""
+    for epochs, seconds, words in results[0]["changes"] if results else []:
+        at = epochs + 0.5 if x == "epoch" else seconds  # an epoch's own mark stands in its middle
+        axes.axvline(at, color="black", linewidth=0.8, alpha=0.5)
+        if named:
+            where = {"transform": axes.get_xaxis_transform(), "rotation": 90, "fontsize": 7.5, "ha": "right"}
+            axes.text(at, 0.3, words + " ", va="bottom", **where)
+    if x == "epoch":
+        axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def draw_threshold(axes: object, results: list[dict]) -> None:
@@ -3246,6 +3298,7 @@ def draw_threshold(axes: object, results: list[dict]) -> None:
         [r["epoch"] for r in rows], [r["threshold"] for r in rows], "o-", markersize=4, color=COLOURS["ast"]
     )
     axes.set_xlim(0.5, results[0]["epochs"][-1]["epoch"] + 0.5)
+    mark_changes(axes, results, "epoch")
 
 
 def draw_saved_by_phase(axes: object, results: list[dict]) -> None:
@@ -3848,15 +3901,17 @@ PUMP_SECONDS = 0.1  # between two looks at the sliders
 
 def kernel() -> object | None:
     """The ipykernel that runs this notebook; None in a script."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return getattr(shell, "kernel", None)
+    get_ipython = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)
+    return getattr(get_ipython(), "kernel", None)
 
 
 class Worker(threading.Thread):
     """Runs `work` beside the notebook. A daemon, so that a restarted kernel never waits for it."""
 
+    NAME = "adaptive sparse training"
+
     def __init__(self, work: Callable[[], dict]):
-        super().__init__(daemon=True)
+        super().__init__(daemon=True, name=self.NAME)
         self.work, self.summary, self.error = work, None, None
         self.start()
 
@@ -3884,49 +3939,44 @@ class Pump:
 
     def __init__(self):
         self.kernel = kernel()
-        if not hasattr(self.kernel, "do_one_iteration") or not hasattr(self.kernel, "schedule_dispatch"):
+        if not hasattr(self.kernel, "msg_queue") or not hasattr(self.kernel, "schedule_dispatch"):
             self.kernel = None
-        self.held: list[tuple] = []
+        self.held: list[tuple] = []  # as they lay in the queue
 
     async def __aenter__(self) -> "Pump":
         if self.kernel:
             ident = getattr(self.kernel, "_parent_ident", None)
             self.cell = (ident.get("shell") if hasattr(ident, "get") else ident, self.kernel.get_parent())
-            self.execute = self.kernel.shell_handlers["execute_request"]
-
-            async def hold(*request: object) -> None:
-                self.held.append(request)
-
-            self.kernel.shell_handlers["execute_request"] = hold
         return self
 
     async def __call__(self) -> None:
         """Waits for `PUMP_SECONDS`, and handles what has arrived."""
-        if self.kernel:
-            for _ in range(10):  # messages in a row; a drag sends several
-                await self.kernel.do_one_iteration()
+        if self.kernel and self.kernel.msg_queue.qsize():
+            sys.stdout.flush()  # what is printed belongs to whose message is in hand when it is sent
+            sys.stderr.flush()
+            for _ in range(min(10, self.kernel.msg_queue.qsize())):  # a drag sends several
+                _, dispatch, arguments = self.kernel.msg_queue.get_nowait()
+                if self._executes(arguments):
+                    self.held.append((dispatch, *arguments))
+                else:
+                    await dispatch(*arguments)
             self.kernel.set_parent(*self.cell)  # output belongs to this cell, not to the slider's message
         await asyncio.sleep(PUMP_SECONDS)
 
     async def __aexit__(self, *error: object) -> None:
         if self.kernel:
-            self.kernel.shell_handlers["execute_request"] = self.execute
-            self.kernel.set_parent(*self.cell)
+            while self.kernel.msg_queue.qsize():  # what came later stays later
+                _, dispatch, arguments = self.kernel.msg_queue.get_nowait()
+                self.held.append((dispatch, *arguments))
             for request in self.held:
-                self.kernel.schedule_dispatch(self._replay, *request)
+                self.kernel.schedule_dispatch(*request)
 
-    async def _replay(self, stream: object, ident: object, parent: dict) -> None:
-        kernel = self.kernel
-        kernel.set_parent(ident, parent)
-        kernel._publish_status("busy", "shell")
-        answer = kernel._send_abort_reply if kernel._aborting else self.execute
-        given = (stream, parent, ident) if kernel._aborting else (stream, ident, parent)
-        if inspect.isawaitable(reply := answer(*given)):
-            await reply
-        sys.stdout.flush()
-        sys.stderr.flush()
-        kernel.set_parent(ident, parent)
-        kernel._publish_status("idle", "shell")
+    def _executes(self, arguments: tuple) -> bool:
+        """Whether a queued message asks for a cell; unread, since whoever reads it tells that it is busy."""
+        if not arguments:
+            return False
+        frames = self.kernel.session.feed_identities(arguments[0], copy=False)[1]  # signature, header, …
+        return json.loads(frames[1].bytes)["msg_type"] == "execute_request"
 
 
 # %% Why a monitor [markdown] tags=["shared"]
@@ -3964,8 +4014,9 @@ class Trace:
     epochs: int
     n: int
     rows: list[dict]
+    begun: tuple[int, int] = (0, 0)  # decided and chosen of the epoch in hand, in the session before
     points: list[Point] = field(default_factory=list)
-    marks: list[tuple[float, float, str]] = field(default_factory=list)  # epochs, seconds, what was changed
+    changes: list[tuple[float, float, str]] = field(default_factory=list)  # the trainer's own list
     candidates: int = 0
     activated: int = 0
     latest: dict = field(default_factory=dict)  # the newest chunk
@@ -3978,6 +4029,8 @@ class Trace:
             theta = math.nan if row["threshold"] is None else row["threshold"]
             rates = row["activation_rate"], row["target_activation"]
             self.points.append(Point(row["epoch"], self.candidates, self.activated, *rates, theta))
+        self.candidates += self.begun[0]
+        self.activated += self.begun[1]
 
     def decided(self, data: dict) -> None:
         self.candidates += data["offered"]
@@ -4035,23 +4088,19 @@ class Monitor:
             self.work = data["work"]
             self.left = [(p, s) for s in data["seeds"] for p in self.work if (p, s) not in data["done"]]
         elif event == "start":
-            names = ("policy", "seed", "epochs", "n", "rows")
-            self.traces.append(Trace(**{name: data[name] for name in names}))
+            names = ("policy", "seed", "epochs", "n", "rows", "changes", "begun")
+            self.traces.append(Trace(**{name: data[name] for name in names if name in data}))
             self.left = [run for run in self.left if run != (data["policy"], data["seed"])]
         elif event == "chunk":
             self.traces[-1].decided(data)
             self._look(data["gate"])
         elif event == "epoch":
             self.traces[-1].rows.append(data)
-        elif event == "control" and self.traces:
-            trace = self.traces[-1]
-            text = change_words(data)
-            trace.marks.append((trace.candidates / trace.n, trace.seconds, text))
 
     def _look(self, gate: object) -> None:
-        scores = getattr(gate, "scores", ())
-        if len(scores) and time.monotonic() - self.looked >= 1:
-            theta = math.nan if gate.threshold is None else gate.threshold
+        if time.monotonic() - self.looked >= 1 and len(scores := scores_of(gate)):
+            theta = getattr(gate, "threshold", None)
+            theta = math.nan if theta is None else theta
             self.scores, self.looked = (scores.numpy().copy(), theta), time.monotonic()
 
     @property
@@ -4078,15 +4127,6 @@ class Monitor:
         rest += sum(self.work.get(t.policy, 0.0) for t in self.traces) - done
         share = done / (done + rest) if done + rest else 0.0
         return share, spent / this * rest if this > 0 and spent > 3 else None
-
-
-def change_words(data: dict) -> str:
-    """A change by hand, in a few words: target 0.1."""
-    names = {"target_activation": "target", "learning_rate_factor": "lr ×"}
-    if data["control"] == "paused":
-        return "paused" if data["new"] else "resumed"
-    new = data["new"] if isinstance(data["new"], str) else f"{data['new']:.3g}"
-    return new if data["control"] == "stop" else f"{names.get(data['control'], data['control'])} {new}"
 
 
 # %% The live picture tags=["shared"]
@@ -4173,9 +4213,9 @@ class LivePicture:
         """What each panel must show; energy and FLOPs reach to what training on everything will cost."""
         trace = monitor.main
         epochs, points = (trace.epochs, trace.points) if trace else (1, [])
-        seconds = max([t.seconds for t in monitor.traces], default=1.0)
+        seconds = max([1.0, *(t.seconds for t in monitor.traces)])
         thetas = [p.threshold for p in points if math.isfinite(p.threshold)]
-        total = epochs * trace.n if trace else 1
+        total = epochs * trace.n if trace else 1000
         full = trace.flops(Point(0, total, 0, 0, 0))[1] if trace else 0.0
         high, tallest = 1.0, 10.0
         if monitor.scores is not None:
@@ -4196,8 +4236,8 @@ class LivePicture:
     def accuracy(self, axes: object, monitor: Monitor) -> None:
         shown = [t for t in monitor.traces if t.seed == monitor.now.seed and t.rows] if monitor.now else []
         for trace in shown:
-            x, y = [r["elapsed_seconds"] for r in trace.rows], [r["val_accuracy"] for r in trace.rows]
-            axes.plot(x, y, ".-", color=COLOURS.get(trace.policy, "black"))
+            xy = [(row["elapsed_seconds"], row["val_accuracy"]) for row in trace.rows]
+            axes.plot(*zip(*xy, strict=True), ".-", color=COLOURS.get(trace.policy, "black"))
         label_ends(axes, [{"policy": t.policy, "epochs": t.rows} for t in shown], 0.8)
         self.marks(axes, monitor, 1)
 
@@ -4230,9 +4270,11 @@ class LivePicture:
 
     def histogram(self, axes: object, monitor: Monitor) -> None:
         if monitor.scores is None:
-            axes.text(
-                0.5, 0.5, "scored from the first\nsparse epoch on", ha="center", transform=axes.transAxes
+            learns = not monitor.main or monitor.main.policy == "ast"
+            words = (
+                "scored from the first\nsparse epoch on" if learns else "this gate remembers\nno significance"
             )
+            axes.text(0.5, 0.5, words, ha="center", transform=axes.transAxes)
             return
         scores, theta = monitor.scores
         counts, edges = self.bins(scores)
@@ -4265,18 +4307,22 @@ class LivePicture:
         axes.text(0.03, 0.95, "training on everything", color="#444444", **style)
         name = monitor.main.policy if monitor.main else "ast"
         if points and full[-1] > 0:
-            name += f": {100 * (1 - spent[-1] / full[-1]):.0f} % less so far"
+            saved = 100 * (1 - spent[-1] / full[-1])
+            name += f": {abs(saved):.0f} % {'less' if saved >= 0 else 'more'} so far"
         axes.text(0.03, 0.84, name, color=colour, **style)
         self.marks(axes, monitor, 0)
 
     def marks(self, axes: object, monitor: Monitor, x: int, named: bool = False) -> None:
         """A line for every change by hand, at its epochs (x = 0) or seconds (1)."""
-        last = -math.inf
-        for mark in list(monitor.main.marks) if monitor.main else []:
+        last, traces = -math.inf, [monitor.main] if monitor.main else []
+        if x:  # seconds are every policy's own
+            traces = [trace for trace in monitor.traces if trace.seed == monitor.now.seed]
+        for mark in [mark for trace in traces for mark in list(trace.changes)]:
             axes.axvline(mark[x], color="black", linewidth=0.8, alpha=0.5)
             if named and mark[x] - last > 0.05 * monitor.main.epochs:
                 where = {"transform": axes.get_xaxis_transform(), "rotation": 90, "fontsize": 7.5}
-                axes.text(mark[x], 0.03, mark[2] + " ", ha="right", va="bottom", **where)
+                side = "right" if mark[x] > 0.05 * monitor.main.epochs else "left"
+                axes.text(mark[x], 0.03, mark[2] + " ", ha=side, va="bottom", **where)
                 last = mark[x]
 
     @staticmethod
@@ -4306,6 +4352,8 @@ class Dashboard:
         self.drawn = self.told = -math.inf  # when, on time.monotonic()'s clock
         self.pause_between = 0.0  # seconds until the next picture
         self.shown: Trace | None = None
+        self.following = False  # whether the values move by themselves
+        self.works = True
         wide = {"description_width": "initial"}
         layout = widgets.Layout(width="310px")
         low = min(0.02, settings.target_activation)
@@ -4364,7 +4412,7 @@ class Dashboard:
         self.stop.on_click(lambda button: self._stopped())
 
     def _moved(self, control: str, change: dict) -> None:
-        if change["new"] != self.controls.values[control]:
+        if not self.following:
             self.controls.set(control, change["new"])
 
     def _paused(self, paused: bool) -> None:
@@ -4379,7 +4427,9 @@ class Dashboard:
         from IPython.display import display
 
         self.image.value = LivePicture(self.monitor).draw(self.monitor)
-        self.handle = display(self.box, display_id=True)
+        view = {"model_id": self.box.model_id, "version_major": 2, "version_minor": 0}
+        shown = {"application/vnd.jupyter.widget-view+json": view, "text/plain": "the dashboard"}
+        self.handle = display(shown, raw=True, display_id=True)  # ipywidgets 7 shows a widget without its id
 
     def refresh(self) -> None:
         """Numbers once a second, the picture as often as its cost allows; cheap in between."""
@@ -4391,7 +4441,7 @@ class Dashboard:
         self.words.value = self._numbers(left)
         if self.monitor.now is not self.shown:
             self._follow(self.monitor.now)
-        if self.monitor.now and now - self.drawn >= self.pause_between:
+        if self.monitor.now and self.monitor.now.latest and now - self.drawn >= self.pause_between:
             self.drawn, self.picture = now, self.picture or LivePicture(self.monitor)
             self.image.value = self.picture.draw(self.monitor)
             self.pause_between = max(1.0, (time.monotonic() - now) / self.DRAWING)
@@ -4399,11 +4449,14 @@ class Dashboard:
     def _follow(self, trace: Trace) -> None:
         """A policy begins: only the gate under test can be steered, and a resumed run has its own values."""
         self.shown, values = trace, self.controls.values
-        self.target.disabled = self.gate.disabled = trace is not self.monitor.main
+        self.target.disabled = trace is not self.monitor.main or trace.policy == "full"
+        self.gate.disabled = trace is not self.monitor.main or trace.policy != "ast"
         if not self.controls.asked:
+            self.following = True
             self.target.value = values["target_activation"] or self.target.value
             self.factor.value = values["learning_rate_factor"]
             self.gate.value = values["gate"] or self.gate.value
+            self.following = False
 
     def _numbers(self, left: float | None) -> str:
         trace = self.monitor.now
@@ -4437,7 +4490,9 @@ class Dashboard:
         from IPython.display import Image as Shown
 
         self.handle.update(Shown(picture) if picture else HTML(""))
-        self.box.close()
+        rows = self.box.children
+        for widget in (self.box, *rows, *(part for row in rows for part in getattr(row, "children", ()))):
+            widget.close()
 
 
 def widgets_serve() -> bool:
@@ -4449,8 +4504,10 @@ def widgets_serve() -> bool:
 async def run_live(settings: object, ready: "Ready | None" = None) -> dict:
     """As `run`, in a notebook: `summary = await run_live(settings)`, with a dashboard where widgets work.
 
-    Interrupting the cell saves and stops. Raises what the run raises.
+    Interrupting the cell saves and stops. Raises what the run raises, and BadInput while another run is on.
     """
+    if any(thread.name == Worker.NAME for thread in threading.enumerate()):
+        raise BadInput("another run in this notebook: expected none; wait until it has saved, then run again")
     monitor, controls, lines = Monitor(), Controls(), queue.SimpleQueue()
     listeners = [monitor, print_table(False, lines.put)]
     settled = settle(settings)[0]
@@ -4462,8 +4519,12 @@ async def run_live(settings: object, ready: "Ready | None" = None) -> dict:
     def tell() -> None:
         while not lines.empty():
             print(lines.get())
-        if panel:
-            panel.refresh()
+        if panel and panel.works:
+            try:
+                panel.refresh()
+            except Exception as error:  # a picture that fails must not end the cell before the training
+                panel.works = False
+                print(f"the dashboard stands still from here on: {one_line(error)}")
 
     async with Pump() as pump:
         while worker.is_alive():
@@ -4553,7 +4614,7 @@ def show_significance(ready: Ready, samples: int = 3000, epochs: int = 5, shown:
     images, labels = data.train_images[some], data.train_labels[some]
     torch.manual_seed(0)
     model = build_model(settings, len(data.classes))
-    optimizer, criterion = recipe(settings, model)
+    optimizer, criterion = recipe(replace(settings, batch_size=32), model)
     config = replace(ASTConfig.from_settings(settings), gate="remembered", warmup_epochs=epochs)
     config = replace(config, ramp_epochs=0, anneal_epochs=0)
     place = torch.device(settings.device), 32  # small batches: many steps in little time
@@ -4618,7 +4679,7 @@ def draw_response(target: float = 0.2, kp: float = 0.5, ki: float = 0.2, lost: f
             title="Activation rate, lost samples taken off", xlabel="chunks", ylabel="activated / candidates"
         )
         left.set_ylim(0, 1.04)
-        left.legend(loc="upper right", frameon=False)
+        left.legend(loc="upper left", frameon=False, handlelength=1.2, borderaxespad=0.1, fontsize=8)
         right.set(title="Threshold", xlabel="chunks", ylabel="θ (rank of the significance)")
         figure.canvas.draw()
     return figure
@@ -4714,16 +4775,24 @@ def show_table(summary: dict) -> None:
 
 
 # %% Lessons: what was chosen tags=["shared"]
-def chosen(summary: dict) -> tuple[np.ndarray, int]:
-    """How often each sample was activated in gated epochs, int16 [n], and the number of those epochs."""
-    times = np.load(Path(summary["out"]) / "samples.npz")["times_activated"]
+def chosen(summary: dict, ready: Ready) -> tuple[np.ndarray, int]:
+    """How often each sample was activated in gated epochs, int16 [n], and the number of those epochs.
+
+    Raises BadInput where `ready` holds other data than the run had.
+    """
+    path, n = Path(summary["out"]) / "samples.npz", len(ready.data.train_labels)
+    if not path.exists():  # stopped before any training
+        return np.zeros(n, np.int16), 0
+    times = np.load(path)["times_activated"]
+    if len(times) != n:
+        raise BadInput(f"{n} samples: expected the {len(times)} of the run; call prepare(settings) again")
     rows = next(iter(first_seed(summary).values()), [])
     return times, max(sum(row["target_activation"] < 1 for row in rows), int(times.max()))
 
 
 def show_classes(summary: dict, ready: Ready, most: int = 20) -> None:
     """How often the samples of each class were activated; of many classes, the extremes."""
-    times, epochs = chosen(summary)
+    times, epochs = chosen(summary, ready)
     if not epochs:
         print("no epoch with a gate was begun, so nothing was chosen")
         return
@@ -4738,7 +4807,8 @@ def show_classes(summary: dict, ready: Ready, most: int = 20) -> None:
         order = np.concatenate([order[: most // 2], order[-most // 2 :]])
     with matplotlib.rc_context(STYLE):
         figure, (axes,) = new_figure(7.5, 1.2 + 0.24 * len(order), 1)
-        axes.barh([names[i] for i in order], share[order], color=COLOURS["ast"], height=0.65)
+        axes.barh(range(len(order)), share[order], color=COLOURS["ast"], height=0.65)
+        axes.set_yticks(range(len(order)), [names[i][:24] for i in order])
         axes.axvline(times.mean() / epochs, color="black", linestyle=":")
         axes.text(times.mean() / epochs, len(order) - 0.45, "all classes", ha="center", fontsize=8)
         axes.set(
@@ -4764,9 +4834,11 @@ def show_memory(summary: dict) -> None:
         norm = matplotlib.colors.PowerNorm(0.5, vmin=np.nanmin(grid), vmax=np.nanquantile(grid, 0.98))
         image = axes.imshow(grid, origin="lower", aspect="auto", extent=span, cmap="cividis", norm=norm)
         figure.colorbar(image, label="significance", extend="max")
-        gated = [row for row in rows if row["threshold"] is not None]
+        thetas = [math.nan if row["threshold"] is None else row["threshold"] for row in rows]
         line = {"path_effects": [matplotlib.patheffects.withStroke(linewidth=4, foreground="black")]}
-        axes.plot([r["epoch"] for r in gated], [r["threshold"] for r in gated], "o-", color="white", **line)
+        axes.plot([row["epoch"] for row in rows], thetas, "o-", color="white", **line)
+        whole_epochs = matplotlib.ticker.MaxNLocator(integer=True, min_n_ticks=1)
+        axes.xaxis.set_major_locator(whole_epochs)
         axes.set(xlabel="epoch", ylabel="rank of the sample", xlim=span[:2], ylim=span[2:])
         axes.set_title("Significance by rank, and the threshold θ (white)")
         show(figure, Path(summary["out"]) / "significance.png")
@@ -4774,7 +4846,7 @@ def show_memory(summary: dict) -> None:
 
 def show_chosen(summary: dict, ready: Ready, shown: int = 10) -> None:
     """Images that the gate chose least and most often."""
-    times, epochs = chosen(summary)
+    times, epochs = chosen(summary, ready)
     if not epochs:
         print("no epoch with a gate was begun, so nothing was chosen")
         return

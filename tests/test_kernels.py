@@ -1,0 +1,492 @@
+"""The notebooks in real kernels, with the versions that Colab and Kaggle serve, steered while they run.
+
+Each stack is a kernel in an environment of its own, spoken to as a front end speaks to it: execute requests,
+and widget messages sent while the run cell is busy. All that the kernel says is kept, so a test can ask which
+cell a line belongs to.
+"""
+
+import io
+import itertools
+import json
+import os
+import queue
+import subprocess
+import sys
+import sysconfig
+import textwrap
+import time
+
+import matplotlib.image
+import nbformat
+import numpy as np
+import pytest
+from conftest import ROOT
+from jupyter_client import KernelManager
+from jupyter_client.kernelspec import KernelSpecManager
+
+pytestmark = pytest.mark.slow
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+STACKS = {  # what pip installs; all else, torch above all, is the running environment's
+    "colab": "ipykernel==6.17.1 ipython==7.34.0 jupyter_client==6.1.12 ipython_genutils ipywidgets==7.7.1",
+    "kaggle": "ipykernel==6.17.1 ipython==7.34.0 jupyter_client==8.6.3 ipywidgets==8.1.5",
+    "newest": "",
+}
+PATIENCE = 60  # seconds until something that should happen counts as never happening
+TRAIN_SIZE = 1600
+WIDGET = "application/vnd.jupyter.widget-view+json"
+ENVIRONMENT = {
+    "AST_DATA": "shapes",
+    "AST_TRAIN_SIZE": str(TRAIN_SIZE),
+    "AST_COMPARE": "none",
+    "AST_MODEL": "simple_cnn",
+    "AST_BATCH_SIZE": "32",
+    "OMP_NUM_THREADS": "1",  # two threads beside a busy process are many times slower than one
+}
+
+
+class Kernel:
+    """A kernel with a notebook's definitions, and all that it has said."""
+
+    def __init__(self, python, notebook, folder):
+        self.notebook, self.folder = notebook, folder
+        self.cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+        self.load = next(i for i, source in enumerate(self.cells) if source.startswith("ready = prepare("))
+        self.at = next(i for i, source in enumerate(self.cells) if source.startswith("summary = await "))
+        spec = {
+            "argv": [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+            "display_name": "stack",
+            "language": "python",
+        }
+        (folder / "stack").mkdir()
+        (folder / "stack" / "kernel.json").write_text(json.dumps(spec))
+        specs = KernelSpecManager(kernel_dirs=[str(folder)])
+        self.manager = KernelManager(kernel_name="stack", kernel_spec_manager=specs)
+        self.client = None
+
+    def start(self):
+        self.said, self.replies, self.asked = [], {}, set()
+        self.models, self.buffers, self.closed = {}, {}, set()
+        with open(self.folder / "kernel.log", "ab") as log:
+            self.manager.start_kernel(
+                env={**os.environ, **ENVIRONMENT}, cwd=str(self.folder), stdout=log, stderr=log
+            )
+        self.client = self.manager.client()
+        self.client.start_channels()
+        self.client.wait_for_ready(timeout=PATIENCE)
+        for source in self.cells[: self.load]:
+            self.run(source)
+
+    def end(self):
+        if self.client:
+            self.client.stop_channels()
+            self.manager.shutdown_kernel(now=True)
+            self.client = None
+
+    def ready(self):
+        """Starts it, or starts it anew where a test left it busy or dead."""
+        if self.client is None or self.asked - self.replies.keys() or not self.manager.is_alive():
+            self.end()
+            self.start()
+
+    # --- to the kernel ---
+
+    def send(self, source):
+        """Asks for a cell; returns its id at once."""
+        cell = self.client.execute(source)
+        self.asked.add(cell)
+        return cell
+
+    def run(self, source):
+        """Runs a cell that must not fail; returns what it printed."""
+        cell = self.send(source)
+        self.wait_for(cell)
+        assert self.replies[cell]["status"] == "ok", self.error(cell)
+        return self.printed(cell)
+
+    def train(self):
+        """Asks for the notebook's own run cell, and forgets the widgets of the run before."""
+        self.models, self.buffers, self.closed = {}, {}, set()
+        return self.send(self.cells[self.at])
+
+    def settings(self, out, **values):
+        """Fresh settings, and the data that they name; returns the folder of results."""
+        values = {
+            "out": str(out),
+            "epochs": 6,
+            "warmup_epochs": 1,
+            "ramp_epochs": 0,
+            "anneal_epochs": 0,
+        } | values
+        lines = [f"settings.{name} = {value!r}" for name, value in values.items()]
+        self.run("\n".join(["settings = Settings()", *lines]))
+        self.run(self.cells[self.load])
+        return out
+
+    def message(self, model, data):
+        """Sends what a front end sends for a widget; returns the message's id."""
+        message = self.client.session.msg("comm_msg", {"comm_id": model, "data": data})
+        self.client.shell_channel.send(message)
+        return message["header"]["msg_id"]
+
+    def move(self, model, **state):
+        return self.message(model, {"method": "update", "state": state, "buffer_paths": []})
+
+    def click(self, model):
+        return self.message(model, {"method": "custom", "content": {"event": "click"}})
+
+    # --- from the kernel ---
+
+    def listen(self):
+        """Takes in what has arrived, waiting a little for it."""
+        try:
+            message = self.client.get_iopub_msg(timeout=0.05)
+        except queue.Empty:
+            pass
+        else:
+            self.said.append(message)
+            self._follow(message)
+        try:
+            reply = self.client.get_shell_msg(timeout=0)
+        except queue.Empty:
+            return
+        if reply["msg_type"] == "execute_reply":
+            self.replies[reply["parent_header"]["msg_id"]] = reply["content"]
+
+    def _follow(self, message):
+        content, kind = message["content"], message["msg_type"]
+        if kind == "comm_open":
+            self.models[content["comm_id"]] = {}
+        if kind == "comm_close":
+            self.closed.add(content["comm_id"])
+        if kind in ("comm_open", "comm_msg") and "state" in content["data"]:
+            model = self.models.setdefault(content["comm_id"], {})
+            model.update(content["data"]["state"])
+            for path, buffer in zip(content["data"].get("buffer_paths", []), message["buffers"], strict=True):
+                self.buffers.setdefault((content["comm_id"], path[0]), []).append(bytes(buffer))
+
+    def rest(self, seconds):
+        """Listens for a while."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            self.listen()
+
+    def until(self, happened, what):
+        deadline = time.monotonic() + PATIENCE
+        while not (result := happened()):
+            self.listen()
+            assert self.manager.is_alive(), f"the kernel died before {what}"
+            if time.monotonic() > deadline:
+                last = [(m["msg_type"], str(m["content"])[:200]) for m in self.said[-8:]]
+                pytest.fail(f"never happened: {what}; the kernel's last words: {last}")
+        return result
+
+    def wait_for(self, *cells):
+        """Until the cells have answered, and all that they said has arrived."""
+        for cell in cells:
+            self.until(lambda cell=cell: cell in self.replies, "the cell's reply")
+            self.until(lambda cell=cell: self.states(cell)[-1:] == ["idle"], "the cell's last status")
+
+    def of(self, cell, *kinds):
+        """Contents of the messages that belong to a cell."""
+        return [
+            m["content"]
+            for m in self.said
+            if m["parent_header"].get("msg_id") == cell and m["msg_type"] in kinds
+        ]
+
+    def began(self, cell, kind="status"):
+        """When a cell first said something of a kind."""
+        return self._dates(cell, kind)[0]
+
+    def ended(self, cell):
+        """When a cell was idle."""
+        return self._dates(cell, "status")[-1]
+
+    def _dates(self, cell, kind):
+        return [
+            m["header"]["date"]
+            for m in self.said
+            if m["parent_header"].get("msg_id") == cell and m["msg_type"] == kind
+        ]
+
+    def states(self, cell):
+        return [content["execution_state"] for content in self.of(cell, "status")]
+
+    def printed(self, cell, name="stdout"):
+        return "".join(content["text"] for content in self.of(cell, "stream") if content["name"] == name)
+
+    def error(self, cell):
+        return "\n".join("\n".join(content["traceback"]) for content in self.of(cell, "error"))
+
+    def widget(self, name, description=""):
+        """The id of the run's widget of this kind, once it is there."""
+
+        def find():
+            for model, state in self.models.items():
+                if state["_model_name"] == f"{name}Model" and description in state.get("description", ""):
+                    return model
+            return None
+
+        return self.until(find, f"a {name} {description}")
+
+    def state(self, model, name):
+        return self.models[model].get(name)
+
+
+def read(out, name):
+    """The whole lines of metrics.jsonl or events.jsonl so far."""
+    path = out / f"{name}.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+
+
+def changes(out, control):
+    return [event for event in read(out, "events") if event["control"] == control]
+
+
+@pytest.fixture(scope="session", params=STACKS)
+def stack(request, tmp_path_factory):
+    """The name of a stack, and the interpreter of its environment."""
+    if not STACKS[request.param]:
+        return request.param, sys.executable
+    home = tmp_path_factory.mktemp(request.param)
+    subprocess.run([sys.executable, "-m", "venv", home], check=True)
+    python = home / "bin" / "python"
+    pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--retries", "1"]
+    own = [name for name in STACKS[request.param].split() if not name.startswith("ipywidgets")]
+    widgets = [name for name in STACKS[request.param].split() if name.startswith("ipywidgets")]
+    for names in (own, ["--no-deps", *widgets]):  # ipywidgets 7 would bring a whole notebook server
+        done = subprocess.run([*pip, *names], capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"pip cannot install {names}: {done.stderr.strip().splitlines()[-1]}")
+    own_packages = next(home.glob("lib/python*/site-packages"))
+    (own_packages / "running.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return request.param, python
+
+
+@pytest.fixture(scope="module", params=NOTEBOOKS, ids=lambda path: path.stem)
+def booted(stack, request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kernel")
+    kernel = Kernel(stack[1], nbformat.read(request.param, as_version=4), folder)
+    kernel.ready()
+    yield kernel
+    kernel.end()
+
+
+@pytest.fixture
+def kernel(booted):
+    booted.ready()
+    return booted
+
+
+@pytest.fixture(scope="module")
+def steered(booted, tmp_path_factory):
+    """A whole run whose slider was moved after the warm-up, and its gate an epoch or two later.
+
+    Two cells wait for it, and the front end asks for a widget's state again and again, as it does when a page
+    is loaded anew.
+    """
+    booted.ready()
+    booted.out = out = booted.settings(tmp_path_factory.mktemp("steered") / "run", epochs=7)
+    booted.cell = cell = booted.train()
+    booted.last = None
+    booted.after = after = booted.send("print('the next cell:', summary['complete'])")
+    slider, gate = booted.widget("FloatSlider", "target activation"), booted.widget("Dropdown")
+    moved = False
+    while cell not in booted.replies:
+        rows, followed = read(out, "metrics"), changes(out, "target_activation")
+        if rows and not moved:
+            moved = booted.move(slider, value=0.1)
+        if followed and not booted.last and len(rows) >= followed[0]["applied_at"] // TRAIN_SIZE + 2:
+            booted.move(gate, index=1)
+            booted.last = booted.send("print('the last cell')")
+        asked = booted.message(slider, {"method": "request_state"})
+        booted.until(lambda asked=asked: cell in booted.replies or booted.of(asked, "comm_msg"), "an answer")
+        booted.rest(0.05)
+    booted.wait_for(cell, after, booted.last)
+    return booted
+
+
+def test_a_kernel_has_the_versions_of_its_stack(stack, kernel):
+    code = "import ipykernel, ipywidgets, IPython; print(ipykernel.__version__, ipywidgets.__version__)"
+    wanted = [
+        name.split("==")[1]
+        for name in STACKS[stack[0]].split()
+        if name.startswith(("ipykernel", "ipywidgets"))
+    ]
+    found = kernel.run(code).split()
+    assert found == wanted if wanted else int(found[0].split(".")[0]) >= 7
+
+
+def test_the_rate_follows_a_slider_that_is_moved_while_the_cell_is_busy(steered):
+    assert steered.replies[steered.cell]["status"] == "ok", steered.error(steered.cell)
+    (change,) = changes(steered.out, "target_activation")
+    assert (change["old"], change["new"]) == (0.4, 0.1)
+    assert 0 <= change["applied_at"] - change["set_at"] <= TRAIN_SIZE / 20
+    rows, at = read(steered.out, "metrics"), change["applied_at"] // TRAIN_SIZE  # the epoch, counted from 0
+    assert at >= 1
+    assert [row["target_activation"] for row in rows] == [1.0] + (at - 1) * [0.4] + (7 - at) * [0.1]
+    assert rows[at + 1]["activation_rate"] == pytest.approx(0.1, abs=0.02)
+
+
+def test_a_gate_that_is_chosen_while_the_cell_is_busy_selects_from_the_next_epoch_on(steered):
+    (change,) = changes(steered.out, "gate")
+    assert (change["old"], change["new"]) == ("remembered", "live")
+    assert change["applied_at"] % TRAIN_SIZE == 0
+    assert 3 * TRAIN_SIZE <= change["set_at"] <= change["applied_at"] < 7 * TRAIN_SIZE
+    (result,) = json.loads((steered.out / "summary.json").read_text())["policies"].values()
+    assert result["phases"]["scoring"]["flops"] > 0
+
+
+def test_all_that_a_run_prints_belongs_to_its_cell(steered):
+    printed = steered.printed(steered.cell)
+    for epoch in range(1, 8):
+        assert f" {epoch}/7 " in printed
+    elsewhere = [
+        message["content"]["text"]
+        for message in steered.said
+        if message["msg_type"] == "stream"
+        and message["content"]["name"] == "stdout"
+        and message["parent_header"].get("msg_id") not in (steered.cell, steered.after, steered.last)
+        and message["header"]["date"] > steered.began(steered.cell)
+    ]
+    assert not elsewhere
+    assert not steered.printed(steered.cell, "stderr")
+    assert "Traceback" not in (steered.folder / "kernel.log").read_text()
+
+
+def test_cells_that_wait_run_after_the_run_in_their_order_and_are_busy_once(steered):
+    cells = steered.cell, steered.after, steered.last
+    counts = [steered.replies[cell]["execution_count"] for cell in cells]
+    assert counts == [counts[0], counts[0] + 1, counts[0] + 2]
+    assert steered.printed(steered.after) == "the next cell: True\n"
+    assert steered.printed(steered.last) == "the last cell\n"
+    for before, cell in itertools.pairwise(cells):
+        assert steered.ended(before) <= steered.began(cell, "execute_input")
+        assert steered.states(cell) == ["busy", "idle"]  # a front end may stop listening at idle
+
+
+def test_the_picture_changes_while_the_cell_is_busy(steered):
+    pictures = steered.buffers[steered.widget("Image"), "value"]
+    pictures = [picture for picture in pictures if picture]  # a widget opens without one
+    assert len(set(pictures)) > 1
+    for picture in pictures:
+        assert len(picture) <= 100_000
+        assert np.ptp(matplotlib.image.imread(io.BytesIO(picture), "png")) > 0.5
+
+
+def test_a_plain_picture_takes_the_place_of_the_dashboard(steered):
+    (shown,) = steered.of(steered.cell, "display_data")
+    (update,) = steered.of(steered.cell, "update_display_data")
+    assert WIDGET in shown["data"]
+    assert shown["transient"].get("display_id") == update["transient"]["display_id"]
+    assert "image/png" in update["data"]
+    assert WIDGET not in update["data"]
+
+
+def test_no_widget_of_a_run_outlives_it(steered):
+    left = [state["_model_name"] for model, state in steered.models.items() if model not in steered.closed]
+    controls = {name for name in left if not name.endswith(("StyleModel", "LayoutModel"))}
+    assert not controls
+
+
+def test_a_run_pauses_goes_on_stops_and_is_resumed(kernel, tmp_path):
+    out = kernel.settings(tmp_path / "run", epochs=8)
+    cell = kernel.train()
+    words, pause = kernel.widget("HTML"), kernel.widget("Button", "Pause")
+    stop = kernel.widget("Button", "Stop and save")
+    kernel.until(lambda: len(read(out, "metrics")) >= 1, "the warm-up")
+    kernel.click(pause)
+    kernel.until(lambda: "paused" in kernel.state(words, "value"), "the word paused")
+    kernel.until(lambda: changes(out, "paused"), "the pause")
+    assert kernel.state(pause, "description") == "Resume"
+    rows = len(read(out, "metrics"))
+    kernel.rest(1)
+    kernel.click(pause)
+    kernel.until(lambda: len(read(out, "metrics")) > rows, "an epoch after the pause")
+    paused, resumed = changes(out, "paused")
+    assert (paused["new"], resumed["new"]) == (True, False)
+    assert paused["candidates"] == resumed["candidates"]
+    assert kernel.state(pause, "description") == "Pause"
+    kernel.click(stop)
+    kernel.wait_for(cell)
+    assert kernel.replies[cell]["status"] == "ok", kernel.error(cell)
+    assert kernel.run("print(summary['stopped_by'], summary['complete'])") == "stop button False\n"
+    assert changes(out, "stop")
+    assert list((out / "checkpoints").glob("*.ckpt"))
+    for source in kernel.cells[kernel.at + 1 :]:
+        kernel.run(source)
+    before = read(out, "metrics")
+    kernel.run("settings.resume = True")
+    cell = kernel.train()
+    kernel.wait_for(cell)
+    assert kernel.replies[cell]["status"] == "ok", kernel.error(cell)
+    assert kernel.run("print(summary['stopped_by'], summary['complete'])") == "None True\n"
+    rows = read(out, "metrics")
+    assert len(before) < len(rows) == 8
+    assert rows[: len(before)] == before
+
+
+def test_an_interrupt_saves_and_stops(kernel, tmp_path):
+    out = kernel.settings(tmp_path / "run", epochs=100)
+    cell = kernel.train()
+    kernel.until(lambda: read(out, "metrics"), "the warm-up")
+    kernel.manager.interrupt_kernel()
+    kernel.wait_for(cell)
+    assert kernel.replies[cell]["status"] == "ok", kernel.error(cell)
+    assert kernel.run("print(summary['stopped_by'])") == "interrupt\n"
+    assert list((out / "checkpoints").glob("*.ckpt"))
+    for source in kernel.cells[kernel.at + 1 :]:
+        kernel.run(source)
+
+
+def test_what_the_worker_raises_is_raised_in_the_cell(kernel, tmp_path):
+    kernel.settings(tmp_path / "run")
+    broken = """
+        whole_step, steps = AdaptiveSparseTrainer._step, []
+        def broken_step(trainer, *batch):
+            steps.append(len(batch))
+            if len(steps) == 20:
+                raise RuntimeError("the worker broke")
+            whole_step(trainer, *batch)
+        AdaptiveSparseTrainer._step = broken_step
+    """
+    kernel.run(textwrap.dedent(broken))
+    cell, after = kernel.train(), kernel.send("print('must not run')")
+    kernel.wait_for(cell, after)
+    (error,) = kernel.of(cell, "error")
+    assert (error["ename"], error["evalue"]) == ("RuntimeError", "the worker broke")
+    assert "broken_step" in kernel.error(cell)
+    assert WIDGET not in kernel.of(cell, "update_display_data")[-1]["data"]
+    assert kernel.replies[after]["status"] == "aborted"
+    assert not kernel.printed(after)
+    kernel.rest(0.5)  # after an error a kernel refuses cells for a moment
+    assert kernel.run("print(len(steps))") == "20\n"
+
+
+@pytest.mark.parametrize(
+    "mistake", ["settings.epochs = 0", "settings.out = '/dev/null/run'"], ids=["before", "in the worker"]
+)
+def test_bad_input_is_one_sentence_in_the_cell(kernel, tmp_path, mistake):
+    kernel.settings(tmp_path / "run")
+    kernel.run(mistake)
+    cell = kernel.train()
+    kernel.wait_for(cell)
+    (error,) = kernel.of(cell, "error")
+    assert error["ename"] == "BadInput"
+    assert "expected" in error["evalue"]
+    assert "\n" not in error["evalue"]
+    kernel.rest(0.5)  # after an error a kernel refuses cells for a moment
+    assert kernel.run("print('alive')") == "alive\n"
+
+
+def test_a_kernel_can_be_shut_down_while_it_trains(kernel, tmp_path):
+    out = kernel.settings(tmp_path / "run", epochs=100)
+    kernel.train()
+    kernel.until(lambda: read(out, "metrics"), "the warm-up")
+    kernel.client.shutdown()
+    deadline = time.monotonic() + PATIENCE
+    while kernel.manager.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not kernel.manager.is_alive()
