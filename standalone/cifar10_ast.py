@@ -3101,8 +3101,8 @@ def load_checkpoint(folder: Path, say: Callable[[str], None]) -> dict | None:
 # %% Records tags=["shared"]
 METRICS = (
     "policy seed epoch phase train_loss val_accuracy target_activation activation_rate mean_activation "
-    "threshold controller significance_quantiles candidates activated seconds elapsed_seconds "
-    "data_wait_percent learning_rate"
+    "threshold controller candidates activated seconds elapsed_seconds data_wait_percent learning_rate "
+    "significance_quantiles"
 ).split()
 CHANGES = ("time", "candidates", "control", "old", "new", "set_at", "applied_at")
 

@@ -52,6 +52,6 @@ def test_links_and_pictures_inside_the_repository_resolve(name):
 
 def test_the_readme_names_no_flag_that_is_not_there(cifar):
     known = {cifar.flag(field.name) for field in cifar.fields(cifar.Settings)}
-    known |= {"--no-feedforward", "--help", "--sync", "--check", "--data"}
+    known |= {"--no-feedforward", "--help", "--sync", "--check", "--kaggle", "--data"}
     used = set(re.findall(r"`[^`]*?(--[a-z][a-z-]+)", README))
     assert used <= known, used - known

@@ -27,7 +27,10 @@ from torchvision.io import decode_png, encode_png
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities")
 PROGRAM = Path(__file__).parents[1] / "standalone" / "cifar10_ast.py"
-OUTPUTS = {"config.json", "metrics.jsonl", "events.jsonl", "summary.json", "curves.png", "model.pt"}
+OUTPUTS = {
+    *("config.json", "metrics.jsonl", "events.jsonl", "summary.json", "curves.png", "model.pt"),
+    "samples.npz",
+}
 TIMED = {"seconds", "elapsed_seconds", "data_wait_percent"}
 # A run that only gets as far as its first words, for tests of what happens before training.
 AT_ONCE = ("--time-limit", 1e-5)
@@ -161,6 +164,7 @@ SUMMARY = {
     "seeds": list,
     "complete": bool,
     "stopped_by": (str, type(None)),
+    "changes_by_hand": (int,),
     "policies": dict,
     "measured": dict,
 }
@@ -242,7 +246,7 @@ def test_metrics_have_a_row_an_epoch_with_the_contracts_keys(finished):
     ]
     keys = "policy seed epoch phase train_loss val_accuracy target_activation activation_rate mean_activation"
     keys += " threshold controller candidates activated seconds elapsed_seconds data_wait_percent"
-    keys += " learning_rate"
+    keys += " learning_rate significance_quantiles"
     for row in found:
         assert list(row) == keys.split()
         assert row["seed"] == 0
