@@ -3796,7 +3796,7 @@ def report(summary: dict) -> str:
         )
     if summary["changes_by_hand"]:
         lines.append(
-            f"{summary['changes_by_hand']} changes were made by hand while it trained (events.jsonl): the "
+            f"changes made by hand while it trained: {summary['changes_by_hand']} (events.jsonl), so the "
             "policies did not run under the same settings"
         )
     if summary["synthetic"]:
@@ -4354,42 +4354,19 @@ class Dashboard:
         self.shown: Trace | None = None
         self.following = False  # whether the values move by themselves
         self.works = True
-        wide = {"description_width": "initial"}
         layout = widgets.Layout(width="310px")
-        low = min(0.02, settings.target_activation)
-        self.target = widgets.FloatSlider(
-            value=settings.target_activation,
-            min=low,
-            max=1.0,
-            step=0.01,
-            description="target activation",
-            continuous_update=False,
-            readout_format=".2f",
-            style=wide,
-            layout=layout,
-        )
-        self.factor = widgets.FloatLogSlider(
-            value=1.0,
-            min=-1,
-            max=1,
-            step=0.05,
-            description="learning rate ×",
-            continuous_update=False,
-            readout_format=".2f",
-            style=wide,
-            layout=layout,
-        )
-        names = list(GATES[:3])
-        self.gate = widgets.Dropdown(
-            options=names,
-            value=settings.gate if settings.gate in names else None,
-            style=wide,
-            description="gate, from the next epoch",
-            layout=layout,
-        )
+        steered = {"layout": layout, "style": {"description_width": "initial"}}
+        slider = {"continuous_update": False, "readout_format": ".2f", **steered}
+        target, names = settings.target_activation, list(GATES[:3])
+        self.target = widgets.FloatSlider(target, min=min(0.02, target), max=1.0, step=0.01, **slider)
+        self.target.description = "target activation"
+        self.factor = widgets.FloatLogSlider(1.0, min=-1, max=1, step=0.05, **slider)
+        self.factor.description = "learning rate ×"
+        self.gate = widgets.Dropdown(options=names, description="gate, from the next epoch", **steered)
+        self.gate.value = settings.gate if settings.gate in names else None
         self.pause = widgets.Button(description="Pause", icon="pause")
         self.stop = widgets.Button(description="Stop and save", icon="stop")
-        self.bar = widgets.FloatProgress(value=0.0, min=0.0, max=1.0, layout=widgets.Layout(width="310px"))
+        self.bar = widgets.FloatProgress(0.0, min=0.0, max=1.0, layout=layout)
         self.words = widgets.HTML("loading the data")
         self.image = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
         rows = [
@@ -4399,14 +4376,8 @@ class Dashboard:
             self.image,
         ]
         self.box = widgets.VBox(rows)
-        self._listen()
-
-    def _listen(self) -> None:
-        for widget, control in (
-            (self.target, "target_activation"),
-            (self.factor, "learning_rate_factor"),
-            (self.gate, "gate"),
-        ):
+        steering = {"target_activation": self.target, "learning_rate_factor": self.factor, "gate": self.gate}
+        for control, widget in steering.items():
             widget.observe(functools.partial(self._moved, control), "value")
         self.pause.on_click(lambda button: self._paused(not self.controls.paused))
         self.stop.on_click(lambda button: self._stopped())
@@ -4461,7 +4432,9 @@ class Dashboard:
     def _numbers(self, left: float | None) -> str:
         trace = self.monitor.now
         if trace is None or not trace.points:
-            return "loading the data"
+            return (
+                "loading the data" if trace is None else f"<b>{trace.policy}</b>, seed {trace.seed}: begins"
+            )
         point, chunk = trace.points[-1], trace.latest
         accuracy = f"{trace.rows[-1]['val_accuracy']:.2f} %" if trace.rows else "after the first epoch"
         theta = f"θ {point.threshold:.3f}" if math.isfinite(point.threshold) else "no θ yet"
@@ -4470,19 +4443,18 @@ class Dashboard:
         saved = [f"unit energy {unit_saved(units):.1f} % (a model)"]
         saved += [f"FLOPs {100 * (1 - spent / full):.1f} %"] if full else []
         seconds = trace.seconds_saved()
-        saved += (
-            [f"training time {seconds:.1f} % (at the pace of its warm-up)"] if seconds is not None else []
-        )
+        saved += [] if seconds is None else [f"training time {seconds:.1f} % (at its warm-up's pace)"]
         saved += ["joules: no sensor" if chunk.get("joules") is None else f"{chunk['joules']:.0f} J spent"]
         after = ", then " + ", ".join(policy for policy, _ in self.monitor.left) if self.monitor.left else ""
         state = "<b>paused</b>" if self.controls.paused else f"<b>{trace.policy}</b>, seed {trace.seed}"
         epoch = min(trace.epochs, len(trace.rows) + 1)
-        return (
+        lines = [
             f"{state}: epoch {epoch} of {trace.epochs} ({chunk.get('phase', 'done')}){after} · "
-            f"{clock(trace.seconds)} spent{f', about {clock(left)} to go' if left else ''}<br>"
-            f"accuracy {accuracy} · activation {point.rate:.3f}, target {point.target:.3f} · {theta}<br>"
-            f"saved so far against training on everything: {' · '.join(saved)}"
-        )
+            f"{clock(trace.seconds)} spent{f', about {clock(left)} to go' if left else ''}",
+            f"accuracy {accuracy} · activation {point.rate:.3f}, target {point.target:.3f} · {theta}",
+            f"saved against training on everything: {' · '.join(saved)}",
+        ]
+        return f'<div style="line-height: 1.5">{"<br>".join(lines)}</div>'
 
     def finish(self, picture: bytes | None) -> None:
         """Puts a plain picture in the dashboard's place, since a saved notebook keeps no widgets."""
@@ -4765,7 +4737,7 @@ def show_table(summary: dict) -> None:
     ]
     lines = [" | ".join([*head, "joules"]), " | ".join(["---"] * (len(head) + 1))]
     for name, p in summary["policies"].items():
-        joules = f"unavailable: {p['joules_method']}" if p["joules"] is None else f"{p['joules']:.0f}"
+        joules = p["joules_method"] if p["joules"] is None else f"{p['joules']:.0f}"
         numbers = p["train_seconds"], p["total_seconds"], p["flops"] / 1e12, p["unit_energy"] / 1e3
         accuracy = "-" if p["final_accuracy"] is None else f"{p['final_accuracy']:.2f}"
         cells = [name, accuracy, f"{100 * p['activation_rate']:.1f}", *(f"{x:.1f}" for x in numbers), joules]
