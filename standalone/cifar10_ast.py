@@ -3217,6 +3217,9 @@ STYLE = {
 }
 
 
+PLATE = {"color": "white", "alpha": 0.75, "pad": 0.5, "linewidth": 0}  # behind words that lines may cross
+
+
 def curves(results: list[dict], title: str, path: Path) -> None:
     """Draws accuracy, activation, threshold and cost of finished or stopped runs into a PNG."""
     with matplotlib.rc_context(STYLE):
@@ -3278,12 +3281,14 @@ def draw_rate(axes: object, results: list[dict]) -> None:
 
 def mark_changes(axes: object, results: list[dict], x: str, named: bool = False) -> None:
     """A line for each change by hand during the first result, over an axis of epochs or of seconds."""
+    last, (left, right) = -math.inf, axes.get_xlim()
     for epochs, seconds, words in results[0]["changes"] if results else []:
         at = epochs + 0.5 if x == "epoch" else seconds  # an epoch's own mark stands in its middle
         axes.axvline(at, color="black", linewidth=0.8, alpha=0.5)
-        if named:
+        if named and at - last > 0.05 * (right - left):
+            last = at
             where = {"transform": axes.get_xaxis_transform(), "rotation": 90, "fontsize": 7.5, "ha": "right"}
-            axes.text(at, 0.3, words + " ", va="bottom", **where)
+            axes.text(at, 0.3, words + " ", va="bottom", bbox=PLATE, **where)
     if x == "epoch":
         axes.xaxis.get_major_locator().set_params(integer=True)
 
@@ -4157,7 +4162,6 @@ def nice(value: float) -> float:
     return 2.0 ** (math.ceil(2 * math.log2(max(value, 1e-9))) / 2)
 
 
-PLATE = {"color": "white", "alpha": 0.75, "pad": 0.5, "linewidth": 0}  # behind words that lines may cross
 PANELS = {  # title, x and y of each; the last one where there is a sensor
     "accuracy": ("Validation accuracy", "seconds", "accuracy (%)"),
     "rate": ("Activation rate (dotted: target)", "epochs", "activated / candidates"),
@@ -4172,17 +4176,17 @@ PANELS = {  # title, x and y of each; the last one where there is a sensor
 class LivePicture:
     """The panels of a run in progress, drawn again and again on one figure.
 
-    Axes and their numbers are most of the drawing, so they are kept as a background, and only the data is
-    drawn onto it, as long as no limit moves.
+    Axes and their numbers are most of the drawing, so they are kept as a background, each until its limits
+    move, and only the data is drawn onto it.
     """
 
     def __init__(self, monitor: Monitor):
         """Has a panel for joules if the monitor has seen any."""
         joules = monitor.now is not None and monitor.now.latest.get("joules") is not None
         with matplotlib.rc_context(LIVE_STYLE):
-            self.figure = Figure(figsize=(12.6 if joules else 9.8, 5.3), dpi=100)
+            self.figure = Figure(figsize=(12.6 if joules else 9.8, 4.8), dpi=100)
             FigureCanvasAgg(self.figure)
-            space = {"left": 0.06, "right": 0.985, "top": 0.94, "bottom": 0.09, "hspace": 0.42, "wspace": 0.3}
+            space = {"left": 0.06, "right": 0.985, "top": 0.94, "bottom": 0.1, "hspace": 0.46, "wspace": 0.3}
             grid = self.figure.add_gridspec(2, 4 if joules else 3, **space)
             cells = [grid[i // 3, i % 3] for i in range(6)] + ([grid[:, 3]] if joules else [])
             self.axes = {n: self.figure.add_subplot(c) for n, c in zip(PANELS, cells, strict=False)}
@@ -4190,24 +4194,33 @@ class LivePicture:
                 axes.autoscale(False)
                 axes.set(**dict(zip(("title", "xlabel", "ylabel"), PANELS[name], strict=True)))
         self.limits: dict[str, tuple[float, float, float, float]] = {}  # x from, to, y from, to
-        self.background: object = None
+        self.sheets: dict[str, np.ndarray] = {}  # each panel's empty axes, uint8 [height, width, 4]
 
     def draw(self, monitor: Monitor) -> bytes:
         """The PNG of what the monitor knows now."""
-        canvas, limits = self.figure.canvas, self.find_limits(monitor)
+        self.furnish(self.find_limits(monitor))
+        canvas = self.figure.canvas
+        np.copyto(np.asarray(canvas.buffer_rgba()), self.background)
         with matplotlib.rc_context(LIVE_STYLE):
-            if limits != self.limits:
-                for name, axes in self.axes.items():
-                    axes.set(xlim=limits[name][:2], ylim=limits[name][2:])
-                canvas.draw()
-                self.limits, self.background = limits, canvas.copy_from_bbox(self.figure.bbox)
-            canvas.restore_region(self.background)
             for name, axes in self.axes.items():
                 getattr(self, name)(axes, monitor)
                 for artist in [*axes.collections, *axes.patches, *axes.lines, *axes.texts]:
                     axes.draw_artist(artist)
                     artist.remove()
         return encode(canvas)
+
+    def furnish(self, limits: dict[str, tuple[float, float, float, float]]) -> None:
+        """Draws the empty axes whose limits moved, each on a white sheet, and lays the sheets together."""
+        canvas, renderer = self.figure.canvas, self.figure.canvas.get_renderer()
+        moved = [name for name in self.axes if limits[name] != self.limits.get(name)]
+        with matplotlib.rc_context(LIVE_STYLE):
+            for name in moved:
+                self.axes[name].set(xlim=limits[name][:2], ylim=limits[name][2:])
+                self.figure.patch.draw(renderer)
+                self.axes[name].draw(renderer)
+                self.sheets[name] = np.array(canvas.buffer_rgba())
+        if moved:
+            self.background, self.limits = np.minimum.reduce(list(self.sheets.values())), limits
 
     def find_limits(self, monitor: Monitor) -> dict[str, tuple[float, float, float, float]]:
         """What each panel must show; energy and FLOPs reach to what training on everything will cost."""
@@ -4284,7 +4297,7 @@ class LivePicture:
             axes.axvline(at, color="black", linestyle="--")
             side = "right" if at > edges[-1] / 2 else "left"
             height = {"va": "top", "transform": axes.get_xaxis_transform(), "bbox": PLATE}
-            axes.text(at, 0.97, f"  θ = {theta:.2f}  ", ha=side, **height)
+            axes.text(at, 0.97, f"  θ = {theta:.2f}{', above all' if theta > 1 else ''}  ", ha=side, **height)
 
     @staticmethod
     def bins(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -4342,19 +4355,19 @@ def show_png(picture: bytes) -> None:
 class Dashboard:
     """Sliders and buttons that write `controls`, panels that show `monitor`; all in the cell's own thread."""
 
-    DRAWING = 1 / 40  # share of the time that drawing may take
+    DRAWING = 1 / 40  # share of the time that drawing may take, on the whole
 
     def __init__(self, monitor: Monitor, controls: Controls, settings: object):
         import ipywidgets as widgets  # a script needs none
 
         self.monitor, self.controls = monitor, controls
         self.picture: LivePicture | None = None
-        self.drawn = self.told = -math.inf  # when, on time.monotonic()'s clock
-        self.pause_between = 0.0  # seconds until the next picture
+        self.told = self.began = time.monotonic()
+        self.drawing = 0.0  # seconds spent on pictures
         self.shown: Trace | None = None
         self.following = False  # whether the values move by themselves
         self.works = True
-        layout = widgets.Layout(width="310px")
+        layout, wrapped = widgets.Layout(width="310px"), widgets.Layout(flex_flow="row wrap")
         steered = {"layout": layout, "style": {"description_width": "initial"}}
         slider = {"continuous_update": False, "readout_format": ".2f", **steered}
         target, names = settings.target_activation, list(GATES[:3])
@@ -4370,8 +4383,8 @@ class Dashboard:
         self.words = widgets.HTML("loading the data")
         self.image = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
         rows = [
-            widgets.HBox([self.target, self.factor, self.gate]),
-            widgets.HBox([self.pause, self.stop, self.bar]),
+            widgets.HBox([self.target, self.factor, self.gate], layout=wrapped),
+            widgets.HBox([self.pause, self.stop, self.bar], layout=wrapped),
             self.words,
             self.image,
         ]
@@ -4412,10 +4425,11 @@ class Dashboard:
         self.words.value = self._numbers(left)
         if self.monitor.now is not self.shown:
             self._follow(self.monitor.now)
-        if self.monitor.now and self.monitor.now.latest and now - self.drawn >= self.pause_between:
-            self.drawn, self.picture = now, self.picture or LivePicture(self.monitor)
+        due = self.drawing <= self.DRAWING * (now - self.began + 10)  # the first ones on credit
+        if self.monitor.now and self.monitor.now.latest and due:
+            self.picture = self.picture or LivePicture(self.monitor)
             self.image.value = self.picture.draw(self.monitor)
-            self.pause_between = max(1.0, (time.monotonic() - now) / self.DRAWING)
+            self.drawing += time.monotonic() - now
 
     def _follow(self, trace: Trace) -> None:
         """A policy begins: only the gate under test can be steered, and a resumed run has its own values."""
@@ -4454,7 +4468,7 @@ class Dashboard:
             f"accuracy {accuracy} · activation {point.rate:.3f}, target {point.target:.3f} · {theta}",
             f"saved against training on everything: {' · '.join(saved)}",
         ]
-        return f'<div style="line-height: 1.5">{"<br>".join(lines)}</div>'
+        return f'<div style="line-height: 1.5; min-height: 4.5em">{"<br>".join(lines)}</div>'
 
     def finish(self, picture: bytes | None) -> None:
         """Puts a plain picture in the dashboard's place, since a saved notebook keeps no widgets."""
@@ -4737,12 +4751,13 @@ def show_table(summary: dict) -> None:
     ]
     lines = [" | ".join([*head, "joules"]), " | ".join(["---"] * (len(head) + 1))]
     for name, p in summary["policies"].items():
-        joules = p["joules_method"] if p["joules"] is None else f"{p['joules']:.0f}"
+        joules = "-" if p["joules"] is None else f"{p['joules']:.0f}"
         numbers = p["train_seconds"], p["total_seconds"], p["flops"] / 1e12, p["unit_energy"] / 1e3
         accuracy = "-" if p["final_accuracy"] is None else f"{p['final_accuracy']:.2f}"
         cells = [name, accuracy, f"{100 * p['activation_rate']:.1f}", *(f"{x:.1f}" for x in numbers), joules]
         lines.append(" | ".join(cells))
     print(report(summary).split("\n\n", 1)[-1])
+    print("joules:", *{p["joules_method"] for p in summary["policies"].values()})
     display(Markdown("\n".join(lines)))
 
 
@@ -4811,7 +4826,8 @@ def show_memory(summary: dict) -> None:
         axes.plot([row["epoch"] for row in rows], thetas, "o-", color="white", **line)
         whole_epochs = matplotlib.ticker.MaxNLocator(integer=True, min_n_ticks=1)
         axes.xaxis.set_major_locator(whole_epochs)
-        axes.set(xlabel="epoch", ylabel="rank of the sample", xlim=span[:2], ylim=span[2:])
+        low, high = np.nanmin([*thetas, 0.0]) - 0.04, np.nanmax([*thetas, 1.0]) + 0.04
+        axes.set(xlabel="epoch", ylabel="rank of the sample", xlim=span[:2], ylim=(low, high))
         axes.set_title("Significance by rank, and the threshold θ (white)")
         show(figure, Path(summary["out"]) / "significance.png")
 

@@ -1019,7 +1019,7 @@ def test_joules_have_a_panel_although_the_first_look_came_too_early(cifar):
     monitor("start", {"policy": "ast", "seed": 0, "epochs": 4, "n": N, "rows": []})
     panel.refresh()
     go_on(monitor, 40, joules=10.0)
-    panel.told = panel.drawn = -math.inf  # some seconds later
+    panel.told = panel.began = -math.inf  # some seconds later
     panel.refresh()
     assert panel.image.value == drawn(cifar, monitor)
 
