@@ -2371,8 +2371,8 @@ class Controls:
 
     def pause(self, paused: bool) -> None:
         """Pauses after the step in hand, or goes on."""
-        self.asked.append(("paused", paused, self.candidates))
         self.paused = paused
+        self.asked.append(("paused", paused, self.candidates))
 
     def ask_stop(self, reason: str) -> None:
         """A person's wish to save and stop, logged as such; `reason` goes into the summary."""
@@ -2576,14 +2576,14 @@ class AdaptiveSparseTrainer:
     def _pause(self) -> None:
         """Saves, and waits until somebody resumes or stops it; the ledger does not run meanwhile."""
         self._flush()
-        self._apply_controls()
+        self._apply_controls(pausing=True)
         if self.save:
             self._save()
         phase = self.ledger.switch(None)
         while self.controls.paused and not self.controls.stopping():
             time.sleep(0.02)
         self.ledger.switch(phase)
-        self._apply_controls()
+        self._apply_controls(pausing=True)
 
     def _change_gate(self) -> None:
         name = self.controls.values["gate"] or self.gate_name
@@ -2645,12 +2645,13 @@ class AdaptiveSparseTrainer:
             flops_per_sample=self.flops,
         )
 
-    def _apply_controls(self) -> None:
-        """Takes up what was asked; a new gate only between epochs."""
+    def _apply_controls(self, pausing: bool = False) -> None:
+        """Takes up what was asked; a new gate only between epochs, a pause where it begins."""
         later = []
         while self.controls.asked:
             control, value, set_at = self.controls.asked.popleft()
-            if control == "gate" and (self.epoch is not None or not self.learned):
+            due_later = control == "paused" and value and self.controls.paused and not pausing
+            if due_later or (control == "gate" and (self.epoch is not None or not self.learned)):
                 later.append((control, value, set_at))
                 continue
             own = {"target_activation": self.config.target_activation, "gate": self.gate_name}

@@ -1411,3 +1411,32 @@ def test_the_playground_draws_anew_when_a_slider_moves(cifar, monkeypatch, displ
             slider.value = 0.5 * (slider.value + slider.max)
             assert image.value != before, slider.description
             before = image.value
+
+
+def test_a_pause_asked_for_before_a_chunk_is_logged_where_training_stands_still(cifar):
+    """Found by a real kernel: the line said where the wish was read, a chunk before the pause."""
+    controls, changes, offered = cifar.Controls(), [], []
+
+    def press(event, data):
+        if event == "chunk":
+            offered.append(controls.candidates)
+            if len(offered) == 70:
+                controls.pause(True)
+                threading.Timer(0.5, controls.pause, [False]).start()
+        elif event == "control":
+            changes.append((data["new"], data["candidates"]))
+
+    trainer = trainer_of(cifar, [press], controls=controls)
+    flush = trainer._flush
+
+    def flush_and_press():  # the wish arrives between the chunk's decision and its steps
+        flush()
+        if len(offered) == 40 and not controls.asked and not changes:
+            controls.pause(True)
+            threading.Timer(0.5, controls.pause, [False]).start()
+
+    trainer._flush = flush_and_press
+    trainer.train(EPOCHS)
+    assert [new for new, _ in changes] == [True, False, True, False]
+    assert changes[0][1] == changes[1][1]
+    assert changes[2][1] == changes[3][1]

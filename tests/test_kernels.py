@@ -60,13 +60,13 @@ class Kernel:
         }
         (folder / "stack").mkdir()
         (folder / "stack" / "kernel.json").write_text(json.dumps(spec))
-        specs = KernelSpecManager(kernel_dirs=[str(folder)])
-        self.manager = KernelManager(kernel_name="stack", kernel_spec_manager=specs)
-        self.client = None
+        self.manager = self.client = None
 
     def start(self):
         self.said, self.replies, self.asked = [], {}, set()
         self.models, self.buffers, self.closed = {}, {}, set()
+        specs = KernelSpecManager(kernel_dirs=[str(self.folder)])  # a manager a start, so that ports are new
+        self.manager = KernelManager(kernel_name="stack", kernel_spec_manager=specs)
         with open(self.folder / "kernel.log", "ab") as log:
             self.manager.start_kernel(
                 env={**os.environ, **ENVIRONMENT}, cwd=str(self.folder), stdout=log, stderr=log
