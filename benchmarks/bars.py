@@ -207,7 +207,7 @@ def gate(data: ast.ImageData, n: int = 1_281_167) -> dict:
     }
 
 
-def dashboard(data: ast.ImageData, seconds: float = 200.0) -> dict:
+def dashboard(data: ast.ImageData, seconds: float = 140.0) -> dict:
     """Seconds an epoch with the dashboard ÷ without, training on every core and with one core free.
 
     Sliders, numbers and pictures are made as in a notebook, but for the sending: there is no kernel here.
