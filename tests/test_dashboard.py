@@ -945,6 +945,7 @@ def test_the_dashboard_follows_a_resumed_run_without_asking_for_anything(cifar):
     panel, monitor, controls = dashboard(cifar)
     controls.values |= {"target_activation": 0.15, "learning_rate_factor": 2.0, "gate": "live"}
     monitor("start", {"policy": "ast", "seed": 0, "epochs": 4, "n": N, "rows": []})
+    panel.told = -math.inf  # a second later
     panel.refresh()
     assert (panel.target.value, panel.gate.value) == (0.15, "live")
     assert panel.factor.value == pytest.approx(2.0)
