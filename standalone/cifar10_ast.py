@@ -80,7 +80,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import matplotlib.colors
 import matplotlib.patheffects
@@ -124,11 +124,13 @@ class Settings:
     lr: float | None = None  # peak learning rate; the model decides
     weight_decay: float = 5e-4  # per step, times the learning rate
     label_smoothing: float = 0.1  # fraction in [0, 1); significance uses the raw loss all the same
+    clip_norm: float = 0.0  # largest norm of a step's gradients; 0 clips none
+    ema: float = 0.0  # decay of averaged weights, which are then evaluated and kept; 0.999; 0 for none
     seeds: str = "0"  # one run of every policy per seed, such as 0,1,2
     # Adaptive sparse training
     target_activation: float = 0.4  # a*, fraction of the candidates trained on, in (0, 1]
     gate: str = "remembered"  # remembered, live, random, rs2 or full
-    compare: str = "full,random"  # policies run beside the gate, such as full,random,rs2; none for none
+    compare: str = "full,random"  # run beside the gate, also rs2; short: full at its cost; or none
     warmup_epochs: int | None = None  # whole epochs on everything at the start; max(1, 8 %) if None
     ramp_epochs: int | None = None  # whole epochs from everything down to the target; 20 % if None
     anneal_epochs: int | None = None  # whole epochs on everything at the end; 12.5 % if None
@@ -152,6 +154,7 @@ class Settings:
 
 
 CHOICES = {"model": ("simple_cnn", "resnet")}
+PROFILES: dict[str, dict[str, object]] = {}  # named sets of settings; this program has none
 
 settings = Settings()
 
@@ -204,226 +207,7 @@ class ImageData:
     unreadable: list[str] = field(default_factory=list)  # files that were skipped
 
 
-# %% Why shapes [markdown]
-# ### A data set that needs no download
-#
-# A notebook without internet must still show something real, and a test of the gate needs to know the truth
-# about every sample. Photographs offer neither, so we draw: ten kinds of figure, coloured, textured, rotated,
-# on a cluttered ground. Each training sample is drawn to be
-#
-# - **easy** (60 %): large, in strong contrast, little clutter;
-# - **hard** (35 %): two of low contrast, small, half covered, heavy clutter;
-# - **mislabelled** (5 %): easy to see, but the label is wrong. Its loss stays high whatever the model learns,
-#   so a gate that trusts the loss alone keeps paying for it.
-#
-# Validation labels are all right.
-
-
-# %% Figures as distances
-# Each figure is a signed distance: negative inside, positive outside, y up, in units of the figure's
-# radius. One formula draws it at any size and angle with a smooth edge. No figure is another one's mirror
-# image, since training flips pictures.
-Outline = Callable[[np.ndarray, np.ndarray], np.ndarray]
-
-
-def arrow(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    head = np.maximum(0.707 * (np.abs(x) + y - 0.95), -0.05 - y)
-    shaft = np.maximum(np.abs(x) - 0.27, np.abs(y + 0.45) - 0.5)
-    return np.minimum(head, shaft)
-
-
-def crescent(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.maximum(np.hypot(x, y) - 0.95, 0.78 - np.hypot(x - 0.45, y))
-
-
-def heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    side = 0.46  # half the side of the square that stands on its corner, and the radius of both lobes
-    a, b = (x + y + 0.1) * 0.707, (y + 0.1 - x) * 0.707
-    lobes = np.minimum(np.hypot(a - side, b), np.hypot(a, b - side))
-    return np.minimum(np.maximum(np.abs(a), np.abs(b)), lobes) - side
-
-
-def hourglass(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.maximum(0.76 * (np.abs(x) - 0.85 * np.abs(y) - 0.05), np.abs(y) - 0.9)
-
-
-def plus(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    upright = np.maximum(np.abs(x) - 0.27, np.abs(y) - 0.92)
-    return np.minimum(upright, np.maximum(np.abs(y) - 0.27, np.abs(x) - 0.92))
-
-
-def star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    sector = 2 * np.pi / 5
-    angle = np.abs((np.arctan2(x, y) + sector / 2) % sector - sector / 2)  # fold five points into half a one
-    radius = np.hypot(x, y)
-    edge = np.array([0.42 * np.sin(sector / 2), 0.42 * np.cos(sector / 2) - 1.0])  # from the tip to the notch
-    normal = np.array([-edge[1], edge[0]], dtype=np.float32) / np.float32(np.hypot(*edge))
-    return radius * np.sin(angle) * normal[0] + (radius * np.cos(angle) - 1) * normal[1]
-
-
-FIGURES: dict[str, Outline] = {
-    "arrow": arrow,
-    "circle": lambda x, y: np.hypot(x, y) - 0.9,
-    "crescent": crescent,
-    "heart": heart,
-    "hourglass": hourglass,
-    "plus": plus,
-    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.72) - 0.2,
-    "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) - 0.78,
-    "star": star,
-    "triangle": lambda x, y: np.maximum(0.866 * np.abs(x) + 0.5 * y, -y) - 0.5,
-}
-
-# %% Why clutter and texture [markdown]
-# A flat figure on a flat ground is solved by counting coloured pixels. Texture and clutter take that short
-# cut away: stripes and blotches vary inside figure and ground alike, and loose strokes in any colour lie
-# around (and, on hard samples, one lies across).
-
-
-# %% Strokes and textures
-GRID_Y, GRID_X = (g.astype(np.float32) + 0.5 for g in np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE])  # pixel centres
-
-
-def blotches(rng: np.random.Generator, n: int, cells: int) -> np.ndarray:
-    """Smooth noise, float32 [n, 32, 32], about -1 to 1: a coarse random grid, interpolated."""
-    coarse = rng.uniform(-1, 1, (n, cells + 1, cells + 1)).astype(np.float32)
-    at = (np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5) * cells / IMAGE_SIZE
-    weight = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(cells + 1)))  # [32, cells + 1], linear hats
-    weight = weight.astype(np.float32)
-    return weight @ coarse @ weight.T
-
-
-def column(rng: np.random.Generator, n: int, low: float, high: float) -> np.ndarray:
-    """Uniform draws, float32 [n, 1, 1], one a picture."""
-    return rng.uniform(low, high, (n, 1, 1)).astype(np.float32)
-
-
-def stroke(rng: np.random.Generator, n: int, x: np.ndarray, y: np.ndarray, width: np.ndarray) -> np.ndarray:
-    """Coverage in [0, 1], float32 [n, 32, 32], of a random stroke a picture at (x, y); width in pixels."""
-    angle, half = column(rng, n, 0, np.pi), column(rng, n, 0, 12)
-    dx, dy = GRID_X - x, GRID_Y - y
-    along = np.clip(dx * np.cos(angle) + dy * np.sin(angle), -half, half)
-    distance = np.hypot(dx - along * np.cos(angle), dy - along * np.sin(angle))
-    return np.clip(0.5 + width / 2 - distance, 0, 1)
-
-
-def paint(canvas: np.ndarray, coverage: np.ndarray, colour: np.ndarray) -> np.ndarray:
-    """Lay colour [n, 3, 1 or 32, 1 or 32] over canvas [n, 3, 32, 32] where coverage [n, 32, 32] is 1."""
-    return canvas + coverage[:, None] * (colour - canvas)
-
-
-# %% Draw figures
-def draw(rng: np.random.Generator, figures: np.ndarray, hard: np.ndarray) -> np.ndarray:
-    """Draw one picture a row of `figures` (int64 [n]); `hard` is bool [n]. Returns uint8 [n, 32, 32, 3]."""
-    n = len(figures)
-    ranks = rng.random((n, 4)).argsort(axis=1)  # a hard picture gets two hardships of the four
-    low_contrast, small, covered, crowded = ((ranks < 2) & hard[:, None]).T[:, :, None, None]
-
-    def colours(low: float = 0, high: float = 1) -> np.ndarray:
-        return rng.uniform(low, high, (n, 3, 1, 1)).astype(np.float32)
-
-    ground, direction = colours(0.15, 0.85), rng.standard_normal((n, 3, 1, 1), dtype=np.float32)
-    contrast = np.where(low_contrast, np.float32(0.25), column(rng, n, 0.55, 0.8))  # distance in RGB
-    away = contrast[:, None] * direction / np.linalg.norm(direction, axis=1, keepdims=True)
-    away = np.where(np.abs(ground + away - 0.5) > 0.5, -away, away)  # stay inside [0, 1]
-    colour = ground + away
-
-    canvas = ground + colours(0, 0.24) * blotches(rng, n, 3)[:, None]
-    for index in range(7):
-        shown = crowded if index > 1 else column(rng, n, 0, 1) < 0.6 + 0.4 * crowded
-        x, y, width = column(rng, n, 0, 32), column(rng, n, 0, 32), column(rng, n, 1, 3.5)
-        canvas = paint(canvas, 0.8 * shown * stroke(rng, n, x, y, width), colours())
-
-    radius = np.where(small, column(rng, n, 5, 7), column(rng, n, 8, 12))
-    x, y = (16 + column(rng, n, -0.7, 0.7) * np.maximum(1, 15 - radius) for _ in range(2))
-    angle = column(rng, n, -0.3, 0.3) * (1 + 0.5 * hard[:, None, None].astype(np.float32))  # radians
-    dx, dy, cos, sin = GRID_X - x, GRID_Y - y, np.cos(angle) / radius, np.sin(angle) / radius
-    u, v = dx * cos + dy * sin, dx * sin - dy * cos
-    distance = np.empty_like(u)
-    for index, figure in enumerate(FIGURES.values()):
-        rows = figures == index
-        distance[rows] = figure(u[rows], v[rows])
-    stripes = np.sin(u * column(rng, n, 5, 14) + v * column(rng, n, -9, 9))
-    texture = np.where(column(rng, n, -1, 1) < 0, stripes, 1.5 * blotches(rng, n, 8))
-    depth = np.where(low_contrast, np.float32(0.04), column(rng, n, 0.03, 0.13))
-    canvas = paint(canvas, np.clip(0.5 - distance * radius, 0, 1), colour + (texture * depth)[:, None])
-
-    x, y = (centre + column(rng, n, -0.6, 0.6) * radius for centre in (x, y))
-    over = covered * stroke(rng, n, x, y, radius * column(rng, n, 0.4, 0.65))
-    canvas = paint(canvas, over, colours())
-    canvas += np.float32(0.03) * rng.standard_normal(canvas.shape, dtype=np.float32)
-    return (np.clip(canvas, 0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
-
-
-# %% Make the shapes set
-def shapes(n_train: int = 12_000, n_val: int = 2_000, seed: int = 0) -> ImageData:
-    """Draw the embedded ten-class set; the same seed gives the same bytes.
-
-    Returns n_train and n_val pictures; `difficulty` holds exactly 60 % easy, 35 % hard, 5 % mislabelled.
-    Raises BadInput where either count is below the ten classes.
-    """
-    count = len(FIGURES)
-    if min(n_train, n_val) < count:
-        raise BadInput(f"shapes with {min(n_train, n_val)} images: expected at least {count}, one a class")
-    rng = np.random.default_rng(seed)
-
-    def split(n: int, mislabelled: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        labels = rng.permutation(np.arange(n) % count)
-        hard = round(0.35 * n)
-        difficulty = rng.permutation(np.repeat([0, 1, 2], [n - hard - mislabelled, hard, mislabelled]))
-        blocks = [slice(i, i + 500) for i in range(0, n, 500)]  # blocks that stay in the processor's cache
-        images = np.concatenate([draw(rng, labels[b], difficulty[b] == 1) for b in blocks])
-        wrong = difficulty == 2
-        labels[wrong] = (labels[wrong] + rng.integers(1, count, mislabelled)) % count
-        return images, labels, difficulty.astype(np.uint8)
-
-    train_images, train_labels, difficulty = split(n_train, round(0.05 * n_train))
-    val_images, val_labels, _ = split(n_val, 0)
-    arrays = train_images, train_labels, val_images, val_labels
-    return ImageData("shapes", True, list(FIGURES), *arrays, f"the drawing seed {seed}", difficulty)
-
-
-# %% Why a subset is balanced [markdown]
-# ### Fewer samples, the same classes
-#
-# `--train-size` trades accuracy for time. The samples it keeps are the same on every run, and as many of
-# each class as the size allows, so that two runs at one size differ in what you changed and in nothing
-# else.
-
-
-# %% Pick a balanced subset
-def balanced_subset(labels: np.ndarray, size: int, classes: int) -> np.ndarray | slice:
-    """Choose `size` of the labels (int64 [N]), evenly over the classes; the same choice every time.
-
-    Returns sorted positions, or the whole slice where size is 0.
-    Raises BadInput where size is below the number of classes or above N.
-    """
-    if size == 0:
-        return slice(None)
-    if not classes <= size <= len(labels):
-        raise BadInput(
-            f"--train-size {size}: expected 0 (all) or a number from {classes} (one a class) to "
-            f"{len(labels)} (all there are); change it"
-        )
-    order = np.random.default_rng(0).permutation(len(labels))
-    by_class = order[np.argsort(labels[order], kind="stable")]
-    counts = np.bincount(labels, minlength=classes)
-    turn = np.empty(len(labels), dtype=np.int64)  # a sample's place in the queue of its class
-    turn[by_class] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.sort(
-        order[np.argsort(turn[order], kind="stable")[:size]]
-    )  # first of each class, then second, ...
-
-
 # %% Check and assemble
-PACKED = ["train_images", "train_labels", "val_images", "val_labels"]
-
-
-def one_line(error: Exception) -> str:
-    """An error's own words on one line, since bad input gets one sentence."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 def assemble(path: Path, classes: list[str], arrays: dict[str, np.ndarray], size: int) -> ImageData:
     """Check train_images, train_labels, val_images and val_labels, and keep `size` of the training samples.
 
@@ -461,16 +245,6 @@ def assemble(path: Path, classes: list[str], arrays: dict[str, np.ndarray], size
 BATCHES = [*(f"data_batch_{index}" for index in range(1, 6)), "test_batch"]
 AGAIN = "delete it and download it again"
 LARGEST_MEMBER = 64 << 20  # bytes; a batch of 10,000 images is 31 MB
-DAMAGE = (
-    OSError,
-    EOFError,
-    ValueError,
-    RuntimeError,
-    MemoryError,
-    zipfile.BadZipFile,
-    tarfile.TarError,
-    zlib.error,
-)
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -546,24 +320,6 @@ def read_packed(path: Path, size: int) -> ImageData:
     return assemble(path, class_names(path / "classes.json"), arrays, size)
 
 
-def class_names(path: Path) -> list[str]:
-    """Read classes.json: a list of two or more different names. Raises BadInput otherwise."""
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))
-        if (
-            isinstance(names, list)
-            and all(isinstance(name, str) for name in names)
-            and 1 < len(names) == len(set(names))
-        ):
-            return names
-        problem = str(names)[:60]
-    except (OSError, ValueError) as error:
-        problem = one_line(error)
-    raise BadInput(
-        f"{path}: expected a list of two or more different class names ({problem}); write it again"
-    )
-
-
 # %% Why folders of images are decoded once [markdown]
 # ### Folders of images
 #
@@ -576,7 +332,6 @@ def class_names(path: Path) -> list[str]:
 # on the rest.
 
 # %% List a tree of class folders
-SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 Tree = dict[str, dict[str, list[str]]]  # split -> class -> names of its image files
 
@@ -771,9 +526,10 @@ def read_path(path: Path, size: int) -> ImageData:
 
 
 # %% Find CIFAR-10 among the inputs
-KAGGLE_INPUT = Path("/kaggle/input")  # holds <slug>/ and datasets/<owner>/<slug>/
-SEARCH_LEVELS = 5  # folders below a root
-SEARCH_ENTRIES = 20_000  # names read before a search gives up: inputs may be millions of files on a slow disk
+def find_cifar10(path: Path) -> tuple[Reader, Path] | None:
+    """Recognise CIFAR-10 in a folder or .zip, or return None."""
+    found = recognise(path)
+    return found if found and holds_cifar10(*found) else None
 
 
 def holds_cifar10(reader: Reader, path: Path) -> bool:
@@ -785,33 +541,6 @@ def holds_cifar10(reader: Reader, path: Path) -> bool:
             return class_names(path / "classes.json") == CIFAR10_CLASSES
         return sorted(list_tree(path).get("train", {})) == CIFAR10_CLASSES
     return False
-
-
-def find_cifar10(root: Path) -> tuple[Reader, Path] | None:
-    """Look for CIFAR-10 in `root` and its folders, nearest first, bounded in depth and in names read."""
-    level, seen, budget = [root], set(), SEARCH_ENTRIES
-    for _ in range(SEARCH_LEVELS + 1):
-        below: list[Path] = []
-        for folder in level:
-            real = os.path.realpath(folder)
-            if real in seen:  # a link may lead back to a folder above it
-                continue
-            seen.add(real)
-            with contextlib.suppress(OSError):  # not there, or not ours to read
-                candidates = [recognise(folder)]
-                with os.scandir(folder) as names:
-                    entries = sorted(itertools.islice(names, budget), key=lambda entry: entry.name)
-                budget -= len(entries)
-                below += [
-                    folder / entry.name for entry in entries if entry.is_dir() and entry.name not in SPLITS
-                ]
-                zips = [folder / entry.name for entry in entries if "cifar" in entry.name.lower()]
-                candidates += [recognise(path) for path in zips if path.suffix == ".zip"]
-                for found in candidates:
-                    if found and holds_cifar10(*found):
-                        return found
-        level = below
-    return None
 
 
 # %% Why several mirrors [markdown]
@@ -954,7 +683,7 @@ def load_data(settings: Settings, say: Callable[[str], None]) -> ImageData:
         data = read_path(Path(settings.data).expanduser(), size)
         data.name = Path(os.path.abspath(settings.data)).stem.removesuffix(".tar")
     else:
-        found = find_cifar10(folder) or find_cifar10(KAGGLE_INPUT)
+        found = search(folder, find_cifar10, "cifar") or search(KAGGLE_INPUT, find_cifar10, "cifar")
         if not found:
             found = read_batches, folder / CIFAR10_ARCHIVE
             failed = download(found[1], settings.data == "cifar10", say)
@@ -973,13 +702,6 @@ def load_data(settings: Settings, say: Callable[[str], None]) -> ImageData:
     if data.unreadable:
         say(f"{data.source}: skipped {len(data.unreadable)} unreadable images, first {data.unreadable[0]}")
     return data
-
-
-def drawn(size: int) -> ImageData:
-    """Draw `shapes` with `size` training images (0: 12,000). Raises BadInput below one a class."""
-    if size and size < len(FIGURES):
-        raise BadInput(f"--train-size {size}: expected 0 (12,000) or {len(FIGURES)} and more; raise it")
-    return shapes(size or 12_000)
 
 
 # %% Two models [markdown]
@@ -1084,6 +806,13 @@ def reflect(index: Tensor, size: int) -> Tensor:
     return torch.where(index < size, index, 2 * (size - 1) - index)
 
 
+def sources(settings: Settings, data: ImageData, device: torch.device) -> "tuple[Source, Source]":
+    """Where training and validation samples come from: arrays that lie on the training device."""
+    place = device, settings.batch_size
+    train = ArraySource(data.train_images, data.train_labels, *place, augment)
+    return train, ArraySource(data.val_images, data.val_labels, *place, plain_view)
+
+
 def default_recipe(device: torch.device, dtype: torch.dtype | None) -> dict[str, object]:
     """What the device decides of the training itself: a CPU gets a run of about five minutes."""
     if device.type == "cuda":
@@ -1104,6 +833,308 @@ def recipe(settings: Settings, model: nn.Module) -> tuple[torch.optim.Optimizer,
     ]
     optimizer = torch.optim.SGD(groups, lr=peak, momentum=0.9, nesterov=True, fused=True)
     return optimizer, nn.CrossEntropyLoss(reduction="none", label_smoothing=settings.label_smoothing)
+
+
+REFERENCES: dict[str, Callable] = {}  # what pretrained weights know already; here training begins at zero
+
+
+# %% Why shapes [markdown] tags=["shared"]
+# ### A data set that needs no download
+#
+# A notebook without internet must still show something real, and a test of the gate needs to know the truth
+# about every sample. Photographs offer neither, so we draw: ten kinds of figure, coloured, textured, rotated,
+# on a cluttered ground. Each training sample is drawn to be
+#
+# - **easy** (60 %): large, in strong contrast, little clutter;
+# - **hard** (35 %): two of low contrast, small, half covered, heavy clutter;
+# - **mislabelled** (5 %): easy to see, but the label is wrong. Its loss stays high whatever the model learns,
+#   so a gate that trusts the loss alone keeps paying for it.
+#
+# Validation labels are all right.
+
+
+# %% Figures as distances tags=["shared"]
+# Each figure is a signed distance: negative inside, positive outside, y up, in units of the figure's
+# radius. One formula draws it at any size and angle with a smooth edge. No figure is another one's mirror
+# image, since training flips pictures.
+Outline = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def arrow(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    head = np.maximum(0.707 * (np.abs(x) + y - 0.95), -0.05 - y)
+    shaft = np.maximum(np.abs(x) - 0.27, np.abs(y + 0.45) - 0.5)
+    return np.minimum(head, shaft)
+
+
+def crescent(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.maximum(np.hypot(x, y) - 0.95, 0.78 - np.hypot(x - 0.45, y))
+
+
+def heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    side = 0.46  # half the side of the square that stands on its corner, and the radius of both lobes
+    a, b = (x + y + 0.1) * 0.707, (y + 0.1 - x) * 0.707
+    lobes = np.minimum(np.hypot(a - side, b), np.hypot(a, b - side))
+    return np.minimum(np.maximum(np.abs(a), np.abs(b)), lobes) - side
+
+
+def hourglass(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.maximum(0.76 * (np.abs(x) - 0.85 * np.abs(y) - 0.05), np.abs(y) - 0.9)
+
+
+def plus(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    upright = np.maximum(np.abs(x) - 0.27, np.abs(y) - 0.92)
+    return np.minimum(upright, np.maximum(np.abs(y) - 0.27, np.abs(x) - 0.92))
+
+
+def star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    sector = 2 * np.pi / 5
+    angle = np.abs((np.arctan2(x, y) + sector / 2) % sector - sector / 2)  # fold five points into half a one
+    radius = np.hypot(x, y)
+    edge = np.array([0.42 * np.sin(sector / 2), 0.42 * np.cos(sector / 2) - 1.0])  # from the tip to the notch
+    normal = np.array([-edge[1], edge[0]], dtype=np.float32) / np.float32(np.hypot(*edge))
+    return radius * np.sin(angle) * normal[0] + (radius * np.cos(angle) - 1) * normal[1]
+
+
+FIGURES: dict[str, Outline] = {
+    "arrow": arrow,
+    "circle": lambda x, y: np.hypot(x, y) - 0.9,
+    "crescent": crescent,
+    "heart": heart,
+    "hourglass": hourglass,
+    "plus": plus,
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.72) - 0.2,
+    "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) - 0.78,
+    "star": star,
+    "triangle": lambda x, y: np.maximum(0.866 * np.abs(x) + 0.5 * y, -y) - 0.5,
+}
+
+# %% Why clutter and texture [markdown] tags=["shared"]
+# A flat figure on a flat ground is solved by counting coloured pixels. Texture and clutter take that short
+# cut away: stripes and blotches vary inside figure and ground alike, and loose strokes in any colour lie
+# around (and, on hard samples, one lies across).
+
+
+# %% Strokes and textures tags=["shared"]
+DRAWN_SIZE = 32  # pixels, height and width of a drawn image
+GRID_Y, GRID_X = (g.astype(np.float32) + 0.5 for g in np.mgrid[:DRAWN_SIZE, :DRAWN_SIZE])  # pixel centres
+
+
+def blotches(rng: np.random.Generator, n: int, cells: int) -> np.ndarray:
+    """Smooth noise, float32 [n, 32, 32], about -1 to 1: a coarse random grid, interpolated."""
+    coarse = rng.uniform(-1, 1, (n, cells + 1, cells + 1)).astype(np.float32)
+    at = (np.arange(DRAWN_SIZE, dtype=np.float32) + 0.5) * cells / DRAWN_SIZE
+    weight = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(cells + 1)))  # [32, cells + 1], linear hats
+    weight = weight.astype(np.float32)
+    return weight @ coarse @ weight.T
+
+
+def column(rng: np.random.Generator, n: int, low: float, high: float) -> np.ndarray:
+    """Uniform draws, float32 [n, 1, 1], one a picture."""
+    return rng.uniform(low, high, (n, 1, 1)).astype(np.float32)
+
+
+def stroke(rng: np.random.Generator, n: int, x: np.ndarray, y: np.ndarray, width: np.ndarray) -> np.ndarray:
+    """Coverage in [0, 1], float32 [n, 32, 32], of a random stroke a picture at (x, y); width in pixels."""
+    angle, half = column(rng, n, 0, np.pi), column(rng, n, 0, 12)
+    dx, dy = GRID_X - x, GRID_Y - y
+    along = np.clip(dx * np.cos(angle) + dy * np.sin(angle), -half, half)
+    distance = np.hypot(dx - along * np.cos(angle), dy - along * np.sin(angle))
+    return np.clip(0.5 + width / 2 - distance, 0, 1)
+
+
+def paint(canvas: np.ndarray, coverage: np.ndarray, colour: np.ndarray) -> np.ndarray:
+    """Lay colour [n, 3, 1 or 32, 1 or 32] over canvas [n, 3, 32, 32] where coverage [n, 32, 32] is 1."""
+    return canvas + coverage[:, None] * (colour - canvas)
+
+
+# %% Draw figures tags=["shared"]
+def draw(rng: np.random.Generator, figures: np.ndarray, hard: np.ndarray) -> np.ndarray:
+    """Draw one picture a row of `figures` (int64 [n]); `hard` is bool [n]. Returns uint8 [n, 32, 32, 3]."""
+    n = len(figures)
+    ranks = rng.random((n, 4)).argsort(axis=1)  # a hard picture gets two hardships of the four
+    low_contrast, small, covered, crowded = ((ranks < 2) & hard[:, None]).T[:, :, None, None]
+
+    def colours(low: float = 0, high: float = 1) -> np.ndarray:
+        return rng.uniform(low, high, (n, 3, 1, 1)).astype(np.float32)
+
+    ground, direction = colours(0.15, 0.85), rng.standard_normal((n, 3, 1, 1), dtype=np.float32)
+    contrast = np.where(low_contrast, np.float32(0.25), column(rng, n, 0.55, 0.8))  # distance in RGB
+    away = contrast[:, None] * direction / np.linalg.norm(direction, axis=1, keepdims=True)
+    away = np.where(np.abs(ground + away - 0.5) > 0.5, -away, away)  # stay inside [0, 1]
+    colour = ground + away
+
+    canvas = ground + colours(0, 0.24) * blotches(rng, n, 3)[:, None]
+    for index in range(7):
+        shown = crowded if index > 1 else column(rng, n, 0, 1) < 0.6 + 0.4 * crowded
+        x, y, width = column(rng, n, 0, 32), column(rng, n, 0, 32), column(rng, n, 1, 3.5)
+        canvas = paint(canvas, 0.8 * shown * stroke(rng, n, x, y, width), colours())
+
+    radius = np.where(small, column(rng, n, 5, 7), column(rng, n, 8, 12))
+    x, y = (16 + column(rng, n, -0.7, 0.7) * np.maximum(1, 15 - radius) for _ in range(2))
+    angle = column(rng, n, -0.3, 0.3) * (1 + 0.5 * hard[:, None, None].astype(np.float32))  # radians
+    dx, dy, cos, sin = GRID_X - x, GRID_Y - y, np.cos(angle) / radius, np.sin(angle) / radius
+    u, v = dx * cos + dy * sin, dx * sin - dy * cos
+    distance = np.empty_like(u)
+    for index, figure in enumerate(FIGURES.values()):
+        rows = figures == index
+        distance[rows] = figure(u[rows], v[rows])
+    stripes = np.sin(u * column(rng, n, 5, 14) + v * column(rng, n, -9, 9))
+    texture = np.where(column(rng, n, -1, 1) < 0, stripes, 1.5 * blotches(rng, n, 8))
+    depth = np.where(low_contrast, np.float32(0.04), column(rng, n, 0.03, 0.13))
+    canvas = paint(canvas, np.clip(0.5 - distance * radius, 0, 1), colour + (texture * depth)[:, None])
+
+    x, y = (centre + column(rng, n, -0.6, 0.6) * radius for centre in (x, y))
+    over = covered * stroke(rng, n, x, y, radius * column(rng, n, 0.4, 0.65))
+    canvas = paint(canvas, over, colours())
+    canvas += np.float32(0.03) * rng.standard_normal(canvas.shape, dtype=np.float32)
+    return (np.clip(canvas, 0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+# %% Make the shapes set tags=["shared"]
+def shapes(n_train: int = 12_000, n_val: int = 2_000, seed: int = 0) -> ImageData:
+    """Draw the embedded ten-class set; the same seed gives the same bytes.
+
+    Returns n_train and n_val pictures; `difficulty` holds exactly 60 % easy, 35 % hard, 5 % mislabelled.
+    Raises BadInput where either count is below the ten classes.
+    """
+    count = len(FIGURES)
+    if min(n_train, n_val) < count:
+        raise BadInput(f"shapes with {min(n_train, n_val)} images: expected at least {count}, one a class")
+    rng = np.random.default_rng(seed)
+
+    def split(n: int, mislabelled: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        labels = rng.permutation(np.arange(n) % count)
+        hard = round(0.35 * n)
+        difficulty = rng.permutation(np.repeat([0, 1, 2], [n - hard - mislabelled, hard, mislabelled]))
+        blocks = [slice(i, i + 500) for i in range(0, n, 500)]  # blocks that stay in the processor's cache
+        images = np.concatenate([draw(rng, labels[b], difficulty[b] == 1) for b in blocks])
+        wrong = difficulty == 2
+        labels[wrong] = (labels[wrong] + rng.integers(1, count, mislabelled)) % count
+        return images, labels, difficulty.astype(np.uint8)
+
+    train_images, train_labels, difficulty = split(n_train, round(0.05 * n_train))
+    val_images, val_labels, _ = split(n_val, 0)
+    arrays = train_images, train_labels, val_images, val_labels
+    return ImageData("shapes", True, list(FIGURES), *arrays, f"the drawing seed {seed}", difficulty)
+
+
+# %% Why a subset is balanced [markdown] tags=["shared"]
+# ### Fewer samples, the same classes
+#
+# `--train-size` trades accuracy for time. The samples it keeps are the same on every run, and as many of
+# each class as the size allows, so that two runs at one size differ in what you changed and in nothing
+# else.
+
+
+# %% Pick a balanced subset tags=["shared"]
+def balanced_subset(labels: np.ndarray, size: int, classes: int) -> np.ndarray | slice:
+    """Choose `size` of the labels (int64 [N]), evenly over the classes; the same choice every time.
+
+    Returns sorted positions, or the whole slice where size is 0.
+    Raises BadInput where size is below the number of classes or above N.
+    """
+    if size == 0:
+        return slice(None)
+    if not classes <= size <= len(labels):
+        raise BadInput(
+            f"--train-size {size}: expected 0 (all) or a number from {classes} (one a class) to "
+            f"{len(labels)} (all there are); change it"
+        )
+    order = np.random.default_rng(0).permutation(len(labels))
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    counts = np.bincount(labels, minlength=classes)
+    turn = np.empty(len(labels), dtype=np.int64)  # a sample's place in the queue of its class
+    turn[by_class] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.sort(
+        order[np.argsort(turn[order], kind="stable")[:size]]
+    )  # first of each class, then second, ...
+
+
+# %% Why readers share a little [markdown] tags=["shared"]
+# ### What every reader of data needs
+#
+# The names of packed arrays, a bounded search (inputs may be millions of files on a slow disk), and the
+# errors that a damaged file can raise.
+
+# %% What every reader needs tags=["shared"]
+PACKED = ["train_images", "train_labels", "val_images", "val_labels"]
+SPLITS = ("train", "val", "test")
+KAGGLE_INPUT = Path("/kaggle/input")  # holds <slug>/ and datasets/<owner>/<slug>/
+SEARCH_LEVELS = 5  # folders below a root
+SEARCH_ENTRIES = 20_000  # names read before a search gives up: inputs may be millions of files on a slow disk
+DAMAGE = (
+    OSError,
+    EOFError,
+    ValueError,
+    RuntimeError,
+    MemoryError,
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+)
+
+
+def one_line(error: Exception) -> str:
+    """An error's own words on one line, since bad input gets one sentence."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def class_names(path: Path) -> list[str]:
+    """Read classes.json: a list of two or more different names. Raises BadInput otherwise."""
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+        if (
+            isinstance(names, list)
+            and all(isinstance(name, str) for name in names)
+            and 1 < len(names) == len(set(names))
+        ):
+            return names
+        problem = str(names)[:60]
+    except (OSError, ValueError) as error:
+        problem = one_line(error)
+    raise BadInput(
+        f"{path}: expected a list of two or more different class names ({problem}); write it again"
+    )
+
+
+def drawn(size: int) -> ImageData:
+    """Draw `shapes` with `size` training images (0: 12,000). Raises BadInput below one a class."""
+    if size and size < len(FIGURES):
+        raise BadInput(f"--train-size {size}: expected 0 (12,000) or {len(FIGURES)} and more; raise it")
+    return shapes(size or 12_000)
+
+
+def search(root: Path, test: Callable[[Path], Any], word: str) -> Any:
+    """Look for data in `root` and its folders, nearest first, bounded in depth and in names read.
+
+    test(path) is asked of every folder, and of every .zip with `word` in its name, and answers None where it
+    knows nothing. Returns the first answer that is not None, else None.
+    """
+    level, seen, budget = [root], set(), SEARCH_ENTRIES
+    for _ in range(SEARCH_LEVELS + 1):
+        below: list[Path] = []
+        for folder in level:
+            real = os.path.realpath(folder)
+            if real in seen:  # a link may lead back to a folder above it
+                continue
+            seen.add(real)
+            with contextlib.suppress(OSError):  # not there, or not ours to read
+                if (answer := test(folder)) is not None:
+                    return answer
+                with os.scandir(folder) as names:
+                    entries = sorted(itertools.islice(names, budget), key=lambda entry: entry.name)
+                budget -= len(entries)
+                below += [
+                    folder / entry.name
+                    for entry in entries
+                    if entry.is_dir() and entry.name.partition(".")[0] not in SPLITS
+                ]
+                for entry in entries:
+                    named = word in entry.name.lower() and entry.name.lower().endswith(".zip")
+                    if named and (answer := test(folder / entry.name)) is not None:
+                        return answer
+        level = below
+    return None
 
 
 # %% Why every value is checked first [markdown] tags=["shared"]
@@ -1168,8 +1199,16 @@ RULES: dict[str, tuple[Callable[[object], bool], str]] = {
     "adapt_kp": (real(lambda v: v >= 0), "a gain, 0 or more"),
     "adapt_ki": (real(lambda v: v >= 0), "a gain, 0 or more"),
     "ema_alpha": (real(lambda v: 0 < v <= 1), "a fraction in (0, 1]; 1 does not smooth"),
+    "clip_norm": (real(lambda v: v >= 0), "a norm above 0, or 0 for no clipping"),
+    "ema": (real(lambda v: 0 <= v < 1), "a decay in [0, 1), such as 0.999; 0 keeps no average"),
     "train_size": (whole(0), "a whole number of samples; 0 takes all"),
     "weight_decay": (real(lambda v: v >= 0), "0 or more; 5e-4 is usual"),
+    "val_fraction": (real(lambda v: 0 < v < 1), "a fraction in (0, 1); 0.2 keeps a fifth for validation"),
+    "image_size": (lambda v: v is None or whole(8)(v), "a whole number of pixels, 8 or more; 224 is usual"),
+    "workers": (lambda v: v is None or whole(1)(v), "a whole number of threads, 1 or more"),
+    "jitter": (real(lambda v: 0 <= v < 1), "a strength in [0, 1); 0 leaves the colours alone"),
+    "erase": (real(lambda v: 0 <= v <= 1), "a fraction in [0, 1]; 0 erases nothing"),
+    "head_epochs": (whole(0), "a whole number of epochs, 0 or more"),
     "label_smoothing": (real(lambda v: 0 <= v < 1), "a fraction in [0, 1); 0 switches it off"),
     "time_limit": (real(lambda v: v >= 0), "minutes, 0 or more; 0 sets no limit"),
     "checkpoint_seconds": (real(lambda v: v >= 0), "seconds, 0 or more"),
@@ -1178,8 +1217,8 @@ RULES: dict[str, tuple[Callable[[object], bool], str]] = {
         "whole numbers with commas between them, such as 0,1,2",
     ),
     "compare": (
-        lambda v: v in ("", "none") or set(str(v).split(",")) <= {"full", "random", "rs2"},
-        "policies with commas between them, out of full, random and rs2; or none",
+        lambda v: v in ("", "none") or set(str(v).split(",")) <= {"full", "random", "rs2", "short"},
+        "policies with commas between them, out of full, random, rs2 and short; or none",
     ),
 }
 
@@ -1217,6 +1256,8 @@ class ASTConfig:
     ema_alpha: float = 0.3
     batch_size: int | None = None
     lr: float | None = None
+    clip_norm: float = 0.0
+    ema: float = 0.0
     device: str = "auto"
     amp: str = "auto"
 
@@ -1965,6 +2006,25 @@ def as_input(images: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2) if images.ndim == 4 and images.shape[-1] in (1, 3) else images
 
 
+@runtime_checkable
+class Source(Protocol):
+    """What the trainer takes samples from: one of the two below, or your own."""
+
+    batch_size: int
+    generator: torch.Generator  # what views are drawn with; checkpoints hold its state
+    moment: tuple[int, int]  # seed and epoch, set before each epoch, for draws that need no state
+    unreadable: dict[int, str]  # index of each sample that could not be read, and why
+    remedy: str  # what to do where training waits for data
+
+    def __len__(self) -> int: ...
+
+    def stream(self, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """For each batch of indices (int64 [B], CPU): those that could be read, their views, their labels."""
+
+    def in_order(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Views and labels of all samples, for evaluation."""
+
+
 class ArraySource:
     """Images and labels held on the training device; `view` makes a batch of images the model's input."""
 
@@ -1989,22 +2049,33 @@ class ArraySource:
         self.view = view or (lambda images, generator: as_input(images))
         self.generator = torch.Generator(device)
         self.unreadable: dict[int, str] = {}
+        self.moment, self.remedy = (0, 0), "lower the batch size"
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def stream(self, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """For each batch of indices (int64 [B], CPU): those that could be read, their views, their labels."""
+        """As `Source.stream`; all can be read."""
         for indices in batches:
             rows = indices.to(self.device, non_blocking=True)
             yield indices, self.view(self.images[rows], self.generator), self.labels[rows]
 
     def in_order(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """All samples, for evaluation."""
+        """As `Source.in_order`."""
         size = max(self.batch_size, 500)
         for start in range(0, len(self), size):
             images = self.images[start : start + size]
             yield self.view(images, self.generator), self.labels[start : start + size]
+
+
+def refuse_if_many(unreadable: dict[int, str], count: int) -> None:
+    """Raises BadInput where more than 1 % of `count` samples are unreadable."""
+    if len(unreadable) > 0.01 * count:
+        index, reason = next(iter(unreadable.items()))
+        raise BadInput(
+            f"{len(unreadable)} of {count} samples: expected at most 1 % unreadable; mend or remove them "
+            f"(the first is sample {index}: {reason})"
+        )
 
 
 class Readable(Dataset):
@@ -2043,12 +2114,13 @@ class DatasetSource:
         self.loader, self.device, self.batch_size = loader, device, loader.batch_size
         self.unreadable: dict[int, str] = {}
         self.generator = torch.Generator()
+        self.moment, self.remedy = (0, 0), "give the DataLoader more workers"
 
     def __len__(self) -> int:
         return len(self.loader.dataset)
 
     def stream(self, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """As `ArraySource.stream`; asks the dataset for these indices and no others."""
+        """As `Source.stream`; asks the dataset for these indices and no others."""
         loader = DataLoader(
             Readable(self.loader.dataset),
             batch_sampler=(indices.tolist() for indices in batches),
@@ -2061,18 +2133,10 @@ class DatasetSource:
             generator=self.generator,
         )
         for indices, batch, bad in loader:
-            self.refuse_if_many(bad)
+            self.unreadable.update(bad)
+            refuse_if_many(self.unreadable, len(self))
             images, labels = self.move(batch) if len(indices) else (torch.empty(0), torch.empty(0))
             yield indices, images, labels
-
-    def refuse_if_many(self, bad: dict[int, str]) -> None:
-        self.unreadable.update(bad)
-        if len(self.unreadable) > 0.01 * len(self):
-            index, reason = next(iter(self.unreadable.items()))
-            raise BadInput(
-                f"{len(self.unreadable)} of {len(self)} samples: expected at most 1 % unreadable; mend or "
-                f"remove them (the first is sample {index}: {reason})"
-            )
 
     def move(self, batch: object) -> tuple[Tensor, Tensor]:
         if not (isinstance(batch, list | tuple) and len(batch) == 2):
@@ -2091,15 +2155,12 @@ class DatasetSource:
             raise BadInput(text) from error
 
 
-Source = ArraySource | DatasetSource
-
-
 def as_source(data: object, device: torch.device, batch_size: int, name: str) -> Source:
-    """A source for a DataLoader, a map-style dataset, a pair of arrays, or a source itself.
+    """A source for a DataLoader, a map-style dataset, a pair of arrays, or any `Source`.
 
     Raises BadInput for a loader whose sampler would be lost, and for what is none of these.
     """
-    if isinstance(data, ArraySource | DatasetSource):
+    if isinstance(data, Source):
         return data
     if isinstance(data, tuple | list) and len(data) == 2 and all(hasattr(part, "shape") for part in data):
         return ArraySource(*data, device, batch_size)
@@ -2298,16 +2359,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def guarded_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, before: list[Tensor]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    before: list[Tensor],
+    clip_norm: float = 0.0,
 ) -> Tensor:
     """Steps, or leaves no trace where the gradients are not finite; returns which, a bool on the device.
 
-    before: the floating-point buffers as they were before the forward pass. An optimizer that is not fused
+    before: the floating-point buffers as they were before the forward pass. clip_norm: gradients of a larger
+    norm are scaled down to it; 0 leaves them. An optimizer that is not fused
     costs one sync a step on a GPU: for fp16 GradScaler reads its own flag, and Adam counts steps on the CPU.
     """
     weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     scaler.unscale_(optimizer)
-    ok = nn.utils.get_total_norm([p.grad for p in weights]).isfinite()
+    norm = nn.utils.get_total_norm([p.grad for p in weights])
+    ok = norm.isfinite()
+    if clip_norm:
+        nn.utils.clip_grads_with_norm_(weights, clip_norm, norm)
     held = [(p, p.detach().clone()) for p in weights]
     held += [(value, value.clone()) for p in weights for value in moments(optimizer, p)]
     known = {id(value) for value, _ in held}
@@ -2320,6 +2389,11 @@ def guarded_step(
         for value, old in [*held, *fresh, *zip(float_buffers(model), before, strict=True)]:
             value.copy_(torch.where(ok.to(value.device), value, old))
     return ok
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether the GPU, or the CPU's allocator, had too little memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def moments(optimizer: torch.optim.Optimizer, weight: Tensor) -> list[Tensor]:
@@ -2385,6 +2459,9 @@ class Controls:
         return self.stop is not None
 
 
+PATIENCE = 20  # percent of an epoch that may be spent waiting for data before the trainer says so
+
+
 @dataclass
 class Epoch:
     """What is being counted of the epoch in hand."""
@@ -2410,7 +2487,8 @@ class AdaptiveSparseTrainer:
 
     model: [B, ...] images to [B, C] logits. train_loader, val_loader: a DataLoader, a map-style dataset of
     (image, label), or two arrays. config: an ASTConfig or a dict of its fields. optimizer: AdamW if None; its
-    learning rates are the peaks of the schedule. criterion: per-sample losses [B]; cross-entropy if None.
+    learning rates are the peaks of the schedule, and a parameter group with a key `first_epoch` stays frozen
+    before that epoch, counted from 0. criterion: per-sample losses [B]; cross-entropy if None.
     gate: a gate object in place of the one that `config.gate` names. listeners: called with (event, data); a
     table if None.
 
@@ -2458,6 +2536,7 @@ class AdaptiveSparseTrainer:
         self.rates, self.seed = rates, seed
         self.save, self.save_seconds, self.saved_at = save, save_seconds, time.monotonic()
         self.taken_up = False  # a loaded state is what the next `train` goes on with
+        self.average = copy.deepcopy(self.model).requires_grad_(False) if config.ema else None
 
     def _make_gate(self, name: str) -> object:
         if name == "remembered":
@@ -2531,6 +2610,9 @@ class AdaptiveSparseTrainer:
         self.unfinished = False
         self.unread: list[tuple[Tensor, Tensor, Tensor]] = []  # indices; scores and sums, still on the device
         self.progress = 0.0
+        self.frozen: int | None = None  # parameters that wait for their `first_epoch`
+        self.at_once: dict[str, int] = {}  # samples a pass, by mode, once memory has run out
+        self.advised = False
         self.flops: dict[str, float] = {}
         self.uncounted: list[str] = []
         if self.device.type == "cuda":
@@ -2549,6 +2631,8 @@ class AdaptiveSparseTrainer:
 
     def _train_epoch(self) -> None:
         self.ledger.switch(self.schedule.phase(len(self.rows)))
+        self.train_source.moment = self.seed, len(self.rows)
+        self._freeze(len(self.rows))
         if self.epoch is None:
             self._apply_controls()
             self._change_gate()
@@ -2569,6 +2653,22 @@ class AdaptiveSparseTrainer:
                 self._save()
             waiting = time.perf_counter()
         self.unfinished = False
+
+    def _freeze(self, epoch: int) -> None:
+        """Freezes the groups whose `first_epoch` is still to come, thaws the others; norms follow suit."""
+        waiting = set()
+        for group in self.optimizer.param_groups:
+            for weight in group["params"] if "first_epoch" in group else ():
+                weight.requires_grad_(epoch >= group["first_epoch"])
+                waiting |= set() if weight.requires_grad else {id(weight)}
+        if len(waiting) == self.frozen or not (waiting or self.frozen):
+            return
+        for module in self.model.modules():
+            if own := list(module.parameters(recurse=False)):
+                module.train(not all(id(weight) in waiting for weight in own))
+        if self.frozen is not None:
+            self.flops.pop("training", None)  # a frozen part has no backward pass: count again
+        self.frozen = len(waiting)
 
     def _plan(self, order: Tensor) -> Plan:
         return Plan(order, self.train_source.batch_size, self._chunk, self._offer)
@@ -2700,8 +2800,18 @@ class AdaptiveSparseTrainer:
             self.refuse_scale(images)
             self._count_flops("scoring", small[:2])
         self.ledger.accounts["scoring"].flops += len(images) * self.flops["scoring"]
+
+        def attempt(parts: int) -> Tensor:
+            split = (part.tensor_split(parts) for part in (small, labels, images))
+            return torch.cat(
+                [
+                    significance(self.model(scaled), label, image, self.config.significance)
+                    for scaled, label, image in zip(*split, strict=True)
+                ]
+            )
+
         with evaluating(self.model), self.autocast():
-            return significance(self.model(small), labels, images, self.config.significance)
+            return self._afford("scoring", len(labels), attempt)
 
     def _shrink(self, images: Tensor) -> Tensor:
         scale = self.config.score_scale
@@ -2721,8 +2831,32 @@ class AdaptiveSparseTrainer:
         shape = learning_rate_shape(self.progress) * self.controls.values["learning_rate_factor"]
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * shape
-        self.optimizer.zero_grad(set_to_none=True)
         before = [b.clone() for b in float_buffers(self.model)]
+
+        def attempt(parts: int) -> tuple[Tensor, Tensor]:
+            self.optimizer.zero_grad(set_to_none=True)
+            split = (part.tensor_split(parts) for part in (images, labels, weights))
+            pairs = [self._backward(*part, len(labels)) for part in zip(*split, strict=True)]
+            losses, scores = zip(*pairs, strict=True)
+            return torch.cat(losses), torch.cat(scores)
+
+        def undo() -> None:
+            self.optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for value, old in zip(float_buffers(self.model), before, strict=True):
+                    value.copy_(old)
+
+        losses, score = self._afford("training", len(labels), attempt, undo)
+        ok = guarded_step(self.model, self.optimizer, self.scaler, before, self.config.clip_norm)
+        if self.average is not None:
+            self._update_average()
+        finite = losses.isfinite()
+        sums = torch.stack([torch.where(finite, losses, 0).sum(), finite.sum(), ok])
+        self.unread.append((indices, torch.where(finite, score, math.nan), sums))
+        self._count(len(indices))
+
+    def _backward(self, images: Tensor, labels: Tensor, weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Adds to the gradients this part's share of the mean over `count` samples; losses and scores [B]."""
         with self.autocast():
             logits = self.model(images)
         if "training" not in self.flops:
@@ -2734,13 +2868,49 @@ class AdaptiveSparseTrainer:
                 "one loss a sample; use reduction='none'"
             )
         finite = losses.detach().isfinite()
-        loss = (torch.where(finite, losses, 0) * weights).sum() / finite.sum().clamp(min=1)
-        self.scaler.scale(loss).backward()
-        ok = guarded_step(self.model, self.optimizer, self.scaler, before)
-        score = significance(logits, labels, images, self.config.significance)
-        sums = torch.stack([torch.where(finite, losses.detach(), 0).sum(), finite.sum(), ok])
-        self.unread.append((indices, torch.where(finite, score, math.nan), sums))
-        self._count(len(indices))
+        self.scaler.scale((torch.where(finite, losses, 0) * weights).sum() / count).backward()
+        return losses.detach(), significance(logits, labels, images, self.config.significance)
+
+    def _afford(
+        self, mode: str, count: int, attempt: Callable[[int], Any], undo: Callable[[], None] = lambda: None
+    ) -> Any:
+        """`attempt(parts)` on `count` samples; where memory runs out, redone in twice the parts."""
+        limit = self.at_once.get(mode, count)
+        while True:
+            try:
+                answer = attempt(math.ceil(count / limit))
+                break
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                reason = one_line(error)
+            undo()  # outside the except block, where the error would hold on to what it failed with
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if limit == 1:
+                raise BadInput(
+                    f"one sample at a time: expected it to fit into memory ({reason}); choose smaller images "
+                    "or a smaller model"
+                )
+            limit = math.ceil(min(limit, count) / 2)
+        if limit < self.at_once.get(mode, count):
+            self.at_once[mode] = limit
+            text = f"out of memory: {mode} goes on with at most {limit} samples at a time"
+            if mode == "training":
+                text += ", whose gradients add up to the same batch (batch norm sees a part of it)"
+            self.emit("notice", text=text)
+        return answer
+
+    def _update_average(self) -> None:
+        update = torch.optim.swa_utils.get_ema_multi_avg_fn(self.config.ema)
+        update(list(self.average.parameters()), list(self.model.parameters()), None)
+        for value, new in zip(self.average.buffers(), self.model.buffers(), strict=True):
+            value.copy_(new)
+
+    @property
+    def judged(self) -> nn.Module:
+        """The model that is evaluated and kept: the averaged one, where there is one."""
+        return self.model if self.average is None else self.average
 
     def _first_batch(self, images: Tensor, logits: Tensor, labels: Tensor) -> None:
         """What can only be known once there is data: shapes, and FLOPs a sample."""
@@ -2819,11 +2989,15 @@ class AdaptiveSparseTrainer:
 
     def evaluate(self) -> float:
         """Accuracy on the validation set, percent."""
-        right, count = torch.zeros((), device=self.device), 0
-        with self.ledger.charge("evaluation") as account, evaluating(self.model):
+        model, right, count = self.judged, torch.zeros((), device=self.device), 0
+        with self.ledger.charge("evaluation") as account, evaluating(model):
             for images, labels in self.val_source.in_order():
-                with self.autocast():
-                    right += (self.model(images).argmax(1) == labels).sum()
+
+                def attempt(parts: int, images: Tensor = images) -> Tensor:
+                    with self.autocast():
+                        return torch.cat([model(part).argmax(1) for part in images.tensor_split(parts)])
+
+                right += (self._afford("evaluation", len(labels), attempt) == labels).sum()
                 count += len(labels)
             account.flops += count * self.flops.get("evaluation", 0.0)
             return 100 * float(right) / count
@@ -2869,6 +3043,10 @@ class AdaptiveSparseTrainer:
         }
         self.rows.append(row)
         self.epoch = None
+        if row["data_wait_percent"] > PATIENCE and not self.advised:
+            self.advised = True
+            waited = f"{row['data_wait_percent']:.0f} % of epoch {number + 1}"
+            self.emit("notice", text=f"training waited for data in {waited}; {self.train_source.remedy}")
         if len(self.rows) == self.schedule.epochs:
             self.progress = 1.0
         left = spent.seconds * (1 - self.progress) / max(self.progress, 1e-9)
@@ -2903,6 +3081,7 @@ class AdaptiveSparseTrainer:
             "joules_method": self.ledger.meter.method
             + (f" ({self.ledger.meter.reason})" if self.ledger.meter.reason else ""),
             "peak_memory_mib": peak_memory_mib(self.device),
+            "samples_at_once": self.at_once.get("training", self.train_source.batch_size),
             "phases": accounts,
             "epochs": self.rows,
             "changes": self.changes,
@@ -2924,6 +3103,7 @@ class AdaptiveSparseTrainer:
         epoch = {k: v for k, v in vars(self.epoch).items() if k != "plan"} if self.epoch else None
         return {
             "model": self.model.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "gates": {name: gate.state_dict() for name, gate in self.gates.items()},
@@ -2948,6 +3128,7 @@ class AdaptiveSparseTrainer:
             "progress": self.progress,
             "flops": dict(self.flops),
             "uncounted": list(self.uncounted),
+            "at_once": dict(self.at_once),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -2955,6 +3136,8 @@ class AdaptiveSparseTrainer:
         self._begin(state["schedule"]["epochs"], None)
         for name in ("model", "optimizer", "scaler", "ledger"):
             getattr(self, name).load_state_dict(state[name])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         for name, gate in state["gates"].items():
             if name not in self.gates:
                 self.gates[name] = self._make_gate(name)
@@ -2972,6 +3155,7 @@ class AdaptiveSparseTrainer:
         self.changes = [tuple(change) for change in state["changes"]]
         self.train_source.unreadable = dict(state["unreadable"])
         self.flops, self.uncounted = dict(state["flops"]), list(state["uncounted"])
+        self.at_once = dict(state["at_once"])
         if state["epoch"] is not None:
             plan = self._plan(state["plan"]["order"])
             plan.load_state_dict(state["plan"])
@@ -3150,7 +3334,7 @@ class Records:
 HEADER = (
     f"{'policy':<7} {'epoch':>7} {'phase':<7} {'val acc':>8} {'loss':>6} {'rate':>6} {'target':>6} "
     f"{'theta':>6} "
-    f"{'unit-model saved':>16} {'seconds':>8} {'elapsed':>8} {'ETA':>8}"
+    f"{'unit-model saved':>16} {'seconds':>8} {'waited':>6} {'elapsed':>8} {'ETA':>8}"
 )
 
 
@@ -3169,7 +3353,8 @@ def epoch_line(row: dict) -> str:
         f"{row['policy']:<7} {row['epoch']:>3}/{row['epochs']:<3} {row['phase']:<7} "
         f"{row['val_accuracy']:>6.2f} % {row['train_loss']:>6.3f} "
         f"{row['activation_rate']:>6.3f} {row['target_activation']:>6.3f} {theta:>6} "
-        f"{row['unit_saved']:>14.1f} % {row['seconds']:>8.1f} {clock(row['elapsed_seconds']):>8} "
+        f"{row['unit_saved']:>14.1f} % {row['seconds']:>8.1f} "
+        f"{row['data_wait_percent']:>4.0f} % {clock(row['elapsed_seconds']):>8} "
         f"{clock(row['eta_seconds']):>8}"
     )
 
@@ -3204,7 +3389,7 @@ def print_table(bar: bool = True, say: Callable[[str], None] = tqdm.write) -> Ca
 # One colour a policy everywhere: AST orange, full grey, random blue (distinguishable with any colour vision).
 
 # %% Pictures tags=["shared"]
-COLOURS = {"ast": "#d55e00", "full": "#666666", "random": "#0072b2", "rs2": "#009e73", "live": "#cc79a7"}
+COLOURS = {"ast": "#d55e00", "full": "#666666", "random": "#0072b2", "rs2": "#009e73", "short": "#cc79a7"}
 STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -3443,6 +3628,9 @@ def resolve(
             raise BadInput(f"{flag(name)} {value}: expected one value; --help lists the flags")
         values[name] = value if isinstance(value, bool) else convert(name, kinds[name], value, flag(name))
         given[name] = flag(name)
+    for name, value in PROFILES.get(values.get("profile"), {}).items():
+        if name not in given:
+            values[name], given[name] = value, f"--profile {values['profile']}"
     rules = RULES | {name: one_of(names) for name, names in CHOICES.items()}
     for name, value in values.items():
         label = given.get(name, "settings cell")
@@ -3480,13 +3668,15 @@ def let_device_decide(settings: object) -> tuple[object, dict[str, str]]:
 # ### The whole run
 #
 # For each seed: the gate under test first, then every policy it is compared with, in the same process, from
-# the same initial weights. `random` repeats, epoch by epoch, the activated counts that AST realised.
+# the same initial weights. `random` repeats, epoch by epoch, the activated counts that AST realised; `short`
+# is plain training of as many epochs as AST paid for, its learning rate scheduled to match.
 # "Saved" is against the full run beside it, or else labelled as the unit model's word.
 
 # %% The whole run tags=["shared"]
 FREE_ON_RESUME = {"out", "resume", "time_limit", "checkpoint_seconds"}
 OUTPUTS = (
-    "config.json metrics.jsonl events.jsonl summary.json curves.png model.pt samples.npz checkpoints"
+    "config.json metrics.jsonl events.jsonl summary.json curves.png model.pt samples.npz skipped_images.txt "
+    "checkpoints"
 ).split()
 
 
@@ -3537,6 +3727,8 @@ class Run:
         self.listeners = [self.records, *listeners]
         self.finished: list[dict] = []
         self.trainer: AdaptiveSparseTrainer | None = None
+        self.skipped: dict[str, None] = {}  # unreadable files and why, in the order they were met
+        self.references: dict[str, dict] = {}
         learned = settings.gate in ("remembered", "live")
         others = [] if settings.compare in ("", "none") else settings.compare.split(",")
         self.policies = list(dict.fromkeys(["ast" if learned else settings.gate, *others]))
@@ -3561,6 +3753,8 @@ class Run:
             write_whole(self.out / "config.json", json.dumps(config, indent=2).encode())
         self.records.cut(stored["records"] if stored else {})
         self.finished = stored["finished"] if stored else []
+        self.references = stored["references"] if stored else {}
+        self.skipped = dict.fromkeys(self.data.unreadable)
         self.say(describe(self.data))
         for listener in self.listeners:
             listener("plan", self._work())
@@ -3570,6 +3764,10 @@ class Run:
                 if (policy, seed) not in done and not self.controls.stopping():
                     self._train(policy, seed, stored)
                     stored = None
+        for name, reference in REFERENCES.items():
+            if name not in self.references and not self.controls.stopping():
+                self.references[name] = reference(self.settings, self.data, self.say)
+                self.save()
         return self.close()
 
     def _work(self) -> dict:
@@ -3597,13 +3795,14 @@ class Run:
         model = build_model(self.settings, len(self.data.classes))
         optimizer, criterion = recipe(self.settings, model)
         config = ASTConfig.from_settings(self.settings)
-        if policy != "ast":
+        if policy == "short":
+            phases = dict.fromkeys(("warmup_epochs", "ramp_epochs", "anneal_epochs"), 0)
+            config = replace(config, gate="full", epochs=self._epochs_paid_for(seed), **phases)
+        elif policy != "ast":
             config = replace(config, gate=policy)
-        device = torch.device(config.device)
         return AdaptiveSparseTrainer(
             model,
-            ArraySource(self.data.train_images, self.data.train_labels, device, config.batch_size, augment),
-            ArraySource(self.data.val_images, self.data.val_labels, device, config.batch_size, plain_view),
+            *sources(self.settings, self.data, torch.device(config.device)),
             config,
             optimizer,
             criterion,
@@ -3620,10 +3819,15 @@ class Run:
         self.trainer = self._trainer(policy, seed)
         if stored and stored["trainer"] is not None:
             self.trainer.load_state_dict(stored["trainer"])
-        result = self.trainer.train()
+        try:
+            result = self.trainer.train()
+        finally:
+            self._list_skipped()
         if policy == self.policies[0] and seed == self.seeds[0]:
             buffer = io.BytesIO()
-            torch.save({name: value.cpu() for name, value in self.trainer.model.state_dict().items()}, buffer)
+            torch.save(
+                {name: value.cpu() for name, value in self.trainer.judged.state_dict().items()}, buffer
+            )
             write_whole(self.out / "model.pt", buffer.getvalue())
             buffer = io.BytesIO()
             np.savez_compressed(buffer, times_activated=self.trainer.times_activated.numpy())
@@ -3638,11 +3842,27 @@ class Run:
         rows = [r["epochs"] for r in self.finished if r["policy"] == "ast" and r["seed"] == seed]
         return [row["activated"] / row["candidates"] for row in rows[0]] if rows else None
 
+    def _epochs_paid_for(self, seed: int) -> int:
+        """How many full epochs train on as many samples as AST did, or as it is expected to."""
+        config, epochs = ASTConfig.from_settings(self.settings), self.settings.epochs
+        planned = Schedule.of(config, epochs)
+        rates = self._rates_of_ast(seed) or [planned.rate(e, config.target_activation) for e in range(epochs)]
+        return max(1, round(sum(rates)))
+
+    def _list_skipped(self) -> None:
+        """Writes skipped_images.txt, a line a file that could not be read, if there is any."""
+        for source in (self.trainer.train_source, self.trainer.val_source) if self.trainer else ():
+            self.skipped |= dict.fromkeys(source.unreadable.values())
+        if self.skipped:
+            write_whole(self.out / "skipped_images.txt", ("\n".join(self.skipped) + "\n").encode())
+
     def save(self) -> None:
         """Writes a checkpoint of the finished runs and of the one in hand."""
+        self._list_skipped()
         trainer = self.trainer.state_dict() if self.trainer else None
         data = [self.data.name, len(self.data.train_labels)]
         state = {"data": data, "records": self.records.sizes(), "finished": self.finished, "trainer": trainer}
+        state |= {"references": self.references}
         save_checkpoint(self.out / "checkpoints", state)
 
     def results(self) -> list[dict]:
@@ -3656,6 +3876,7 @@ class Run:
         policies = {p: mean_result([r for r in results if r["policy"] == p]) for p in self.policies}
         policies = {p: value for p, value in policies.items() if value}
         complete = len(self.finished) == len(self.policies) * len(self.seeds)
+        complete &= len(self.references) == len(REFERENCES)
         return {
             "program": PROGRAM,
             "dataset": self.data.name,
@@ -3671,7 +3892,9 @@ class Run:
             "complete": complete,
             "stopped_by": None if complete else self.controls.stop,
             "changes_by_hand": self.records.changes(),
+            "skipped_images": len(self.skipped),
             "policies": policies,
+            "references": self.references,
             "measured": measured({p: v for p, v in policies.items() if self._whole(p)}, self.policies[0]),
         }
 
@@ -3726,7 +3949,7 @@ def mean_result(results: list[dict]) -> dict | None:
 
 def measured(policies: dict[str, dict], main: str) -> dict[str, float | None]:
     """What the first policy saved and lost against those run beside it; None where none was."""
-    ast, full, random = policies.get(main), policies.get("full"), policies.get("random")
+    ast, full, random, short = (policies.get(name) for name in (main, "full", "random", "short"))
 
     def against(other: dict | None, name: str, compare: Callable[[float, float], float]) -> float | None:
         if ast is None or other is None or other is ast or ast[name] is None or other[name] is None:
@@ -3743,6 +3966,7 @@ def measured(policies: dict[str, dict], main: str) -> dict[str, float | None]:
         "joules_saved_percent_vs_full": against(full, "joules", saved),
         "accuracy_minus_full": against(full, "final_accuracy", lambda a, b: a - b),
         "accuracy_minus_random": against(random, "final_accuracy", lambda a, b: a - b),
+        "accuracy_minus_short": against(short, "final_accuracy", lambda a, b: a - b),
     }
 
 
@@ -3794,12 +4018,16 @@ def report(summary: dict) -> str:
         lines.append(
             "no full run beside it (--compare full): what is saved is the unit model's word, unmeasured"
         )
-    if m["accuracy_minus_random"] is not None:
-        better = "ahead of" if m["accuracy_minus_random"] > 0 else "not ahead of"
-        lines.append(
-            f"{first} is {better} random selection of as many samples: {m['accuracy_minus_random']:+.2f} "
-            f"points, seeds: {len(summary['seeds'])} (one proves nothing)"
-        )
+    rivals = {"random": "random selection of as many samples", "short": "plain training of as few epochs"}
+    for name, words in rivals.items():
+        if (ahead := m[f"accuracy_minus_{name}"]) is not None:
+            lines.append(
+                f"{first} is {'ahead of' if ahead > 0 else 'not ahead of'} {words}: {ahead:+.2f} points, "
+                f"seeds: {len(summary['seeds'])} (one proves nothing)"
+            )
+    lines += [f"{name}: {found['words']}" for name, found in summary["references"].items()]
+    if summary["skipped_images"]:
+        lines.append(f"unreadable images skipped: {summary['skipped_images']} (skipped_images.txt)")
     if summary["changes_by_hand"]:
         lines.append(
             f"changes made by hand while it trained: {summary['changes_by_hand']} (events.jsonl), so the "
@@ -4609,15 +4837,16 @@ def show_significance(ready: Ready, samples: int = 3000, epochs: int = 5, shown:
     some = np.random.default_rng(0).permutation(len(data.train_labels))[:samples]
     images, labels = data.train_images[some], data.train_labels[some]
     torch.manual_seed(0)
+    settings = replace(settings, batch_size=32)  # small batches: many steps in little time
     model = build_model(settings, len(data.classes))
-    optimizer, criterion = recipe(replace(settings, batch_size=32), model)
+    optimizer, criterion = recipe(settings, model)
     config = replace(ASTConfig.from_settings(settings), gate="remembered", warmup_epochs=epochs)
     config = replace(config, ramp_epochs=0, anneal_epochs=0)
-    place = torch.device(settings.device), 32  # small batches: many steps in little time
+    few = {"train_images": images, "train_labels": labels}
+    few |= {"val_images": images[:100], "val_labels": labels[:100]}
     trainer = AdaptiveSparseTrainer(
         model,
-        ArraySource(images, labels, *place, augment),
-        ArraySource(images[:100], labels[:100], *place, plain_view),
+        *sources(settings, replace(data, **few), torch.device(settings.device)),
         config,
         optimizer,
         criterion,

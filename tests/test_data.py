@@ -610,9 +610,9 @@ def test_a_search_reads_a_bounded_number_of_names(cifar, tmp_path, monkeypatch):
         folder = tmp_path / "inputs" / f"set-{index}" / "cifar-10-batches-py"
         folder.mkdir(parents=True)
         (folder / "data_batch_1").touch()
-    assert cifar.find_cifar10(tmp_path)
+    assert cifar.search(tmp_path, cifar.find_cifar10, "cifar")
     monkeypatch.setattr(cifar, "SEARCH_ENTRIES", 10)  # spent before any set is opened
-    assert cifar.find_cifar10(tmp_path) is None
+    assert cifar.search(tmp_path, cifar.find_cifar10, "cifar") is None
 
 
 def test_a_search_spends_nothing_on_links_back_and_class_folders(cifar, tmp_path, monkeypatch):
@@ -621,7 +621,7 @@ def test_a_search_spends_nothing_on_links_back_and_class_folders(cifar, tmp_path
     write_tree(tmp_path / "b", classes=[f"class-{index}" for index in range(30)], n=1)
     write_batches(tmp_path / "c" / "d" / "cifar-10-batches-py")
     monkeypatch.setattr(cifar, "SEARCH_ENTRIES", 12)  # a0 to a4, b, c; train, test; d; cifar-10-batches-py
-    assert cifar.find_cifar10(tmp_path)
+    assert cifar.search(tmp_path, cifar.find_cifar10, "cifar")
 
 
 def test_auto_falls_back_to_shapes_and_says_so(cifar, tmp_path):

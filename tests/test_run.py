@@ -165,7 +165,9 @@ SUMMARY = {
     "complete": bool,
     "stopped_by": (str, type(None)),
     "changes_by_hand": (int,),
+    "skipped_images": int,
     "policies": dict,
+    "references": dict,
     "measured": dict,
 }
 MEASURED = {
@@ -175,6 +177,7 @@ MEASURED = {
     "joules_saved_percent_vs_full",
     "accuracy_minus_full",
     "accuracy_minus_random",
+    "accuracy_minus_short",
 }
 PHASES = ["warmup", "ramp", "sparse", "anneal", "scoring", "evaluation", "checkpoint"]
 

@@ -1,6 +1,7 @@
 """The Python use: other people's models on other people's data, and the snippets of the original reports."""
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -373,3 +374,208 @@ def test_a_second_policy_given_the_first_ones_rates_activates_as_many(cifar, loa
     rates = [row["activated"] / row["candidates"] for row in first["epochs"]]
     second = train(config={"gate": "random"}, rates=rates)
     assert [r["activated"] for r in second["epochs"]] == [r["activated"] for r in first["epochs"]]
+
+
+# --- memory, averages, frozen layers, waiting ---
+
+
+class Cramped(nn.Module):
+    """A network on a device that holds at most `room` samples of it at a time."""
+
+    def __init__(self, body, room, error=torch.OutOfMemoryError):
+        super().__init__()
+        self.body, self.room, self.error, self.seen = body, room, error, []
+
+    def forward(self, x):
+        self.seen.append(len(x))
+        if len(x) > self.room:
+            raise self.error("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+        return self.body(x)
+
+
+def two_layers():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+
+
+def run_two_epochs(cifar, loaders, model, notices=None, **config):
+    def listen(event, data):
+        if event == "notice" and notices is not None:
+            notices.append(data["text"])
+
+    config = {"amp": "off", "batch_size": 32, **config}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    trainer = cifar.AdaptiveSparseTrainer(model, *loaders, config, optimizer, listeners=[listen])
+    return trainer, trainer.train(epochs=2)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_out_of_memory_halves_what_goes_through_at_once_and_changes_no_result(cifar, loaders, error):
+    notices = []
+    whole, results = run_two_epochs(cifar, loaders, two_layers())
+    _, cramped = run_two_epochs(cifar, loaders, model := Cramped(two_layers(), 9, error), notices)
+    assert cramped["samples_at_once"] == 8
+    assert results["samples_at_once"] == 32
+    assert max(model.seen[-20:]) <= 9, "what was learned about memory is kept"
+    for kind in ("training", "evaluation"):
+        assert sum(kind in text and "out of memory" in text for text in notices) == 1, "said once"
+    assert cramped["activated"] == results["activated"]
+    for ours, theirs in zip(model.body.parameters(), whole.model.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=2e-4), "parts add up to the same step"
+
+
+def test_out_of_memory_while_scoring_live_is_survived(cifar, loaders):
+    notices = []
+    model = Cramped(two_layers(), 9)
+    config = {"gate": "live", "target_activation": 0.4, "warmup_epochs": 1}
+    _, results = run_two_epochs(cifar, loaders, model, notices, **config)
+    assert results["complete"]
+    assert sum("scoring" in text for text in notices) == 1
+
+
+def test_a_redone_step_counts_its_batch_once_in_batch_norm(cifar, digits):
+    """The first attempt fails after the norm has seen the batch; the second starts from the old figures."""
+
+    class FailsOnce(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.head, self.failed = nn.BatchNorm1d(64, momentum=1.0), nn.Linear(64, 10), False
+
+        def forward(self, x):
+            x = self.norm(x.flatten(1))
+            if self.training and not self.failed:
+                self.failed = True
+                self.norm.running_mean.fill_(1e6)
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return self.head(x)
+
+    images, labels = digits
+    arrays = (images[:32].numpy(), labels[:32].numpy())
+    model = FailsOnce()
+    trainer = cifar.AdaptiveSparseTrainer(
+        model, arrays, arrays, {"amp": "off", "batch_size": 32}, listeners=[]
+    )
+    trainer.train(epochs=1)
+    assert model.norm.running_mean.abs().max() < 10
+
+
+def test_one_sample_that_does_not_fit_is_told(cifar, loaders):
+    with pytest.raises(cifar.BadInput, match="one sample at a time"):
+        run_two_epochs(cifar, loaders, Cramped(two_layers(), 0))
+
+
+def test_another_runtime_error_is_no_lack_of_memory(cifar, loaders):
+    class Broken(nn.Module):
+        weight = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    model = nn.Sequential(two_layers(), Broken())
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        run_two_epochs(cifar, loaders, model)
+
+
+def test_clipping_bounds_the_step(cifar, loaders):
+    start = two_layers()
+
+    def moved(clip):
+        model = two_layers()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        steps = []
+        with_clip = {"amp": "off", "batch_size": 1400, "clip_norm": clip}
+        images = [part for loader in loaders for part in [loader.dataset.tensors]]
+        trainer = cifar.AdaptiveSparseTrainer(model, *images, with_clip, optimizer, listeners=[])
+        trainer.train(epochs=1)
+        steps = [(a - b).flatten() for a, b in zip(model.parameters(), start.parameters(), strict=True)]
+        return float(torch.cat(steps).detach().norm())
+
+    free, clipped = moved(0.0), moved(1e-3)
+    rate = 0.2  # the schedule's share of the peak in the only step
+    assert free > 10 * clipped
+    assert clipped == pytest.approx(rate * 1e-3, rel=1e-2)
+
+
+def test_averaged_weights_are_judged_kept_and_taken_up_again(cifar, loaders):
+    trainer, results = run_two_epochs(cifar, loaders, two_layers(), ema=0.99)
+    assert trainer.judged is trainer.average
+    drift = [
+        float((a - b).detach().abs().max())
+        for a, b in zip(trainer.model.parameters(), trainer.average.parameters(), strict=True)
+    ]
+    assert max(drift) > 1e-3, "an average lags behind"
+    assert trainer.evaluate() == results["final_accuracy"]
+    again = cifar.AdaptiveSparseTrainer(
+        two_layers(),
+        *loaders,
+        {"amp": "off", "batch_size": 32, "ema": 0.99},
+        torch.optim.SGD(two_layers().parameters(), lr=0.1, momentum=0.9),
+        listeners=[],
+    )
+    again.load_state_dict(trainer.state_dict())
+    assert again.evaluate() == results["final_accuracy"]
+    still, _ = run_two_epochs(cifar, loaders, two_layers())
+    assert still.judged is still.model
+
+
+def test_a_group_with_a_first_epoch_is_frozen_until_then_and_costs_less(cifar, digits):
+    images, labels = digits
+    torch.manual_seed(0)
+    body, head = (
+        nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU()),
+        nn.Linear(64, 10),
+    )
+    model = nn.Sequential(body, head)
+    groups = [{"params": list(body.parameters()), "first_epoch": 2}, {"params": list(head.parameters())}]
+    seen = []
+
+    def listen(event, data):
+        if event == "epoch":
+            weights = [p.detach().clone() for p in body.parameters()]
+            seen.append((weights, body[2].training, body[2].running_mean.clone(), dict(trainer.flops)))
+
+    arrays = (images[:640].numpy(), labels[:640].numpy())
+    config = {"amp": "off", "batch_size": 64}
+    trainer = cifar.AdaptiveSparseTrainer(
+        model, arrays, arrays, config, torch.optim.SGD(groups, lr=0.1), listeners=[listen]
+    )
+    before = [p.detach().clone() for p in body.parameters()]
+    results = trainer.train(epochs=4)
+    for epoch in (0, 1):
+        assert all(torch.equal(a, b) for a, b in zip(before, seen[epoch][0], strict=True))
+        assert not seen[epoch][1], "a frozen norm uses what it knows"
+        assert not seen[epoch][2].any(), "and learns nothing"
+    assert seen[2][1]
+    assert not all(torch.equal(a, b) for a, b in zip(before, seen[2][0], strict=True))
+    assert seen[1][3]["training"] < seen[2][3]["training"], "no backward pass through what is frozen"
+    charged = [account["flops"] for account in results["phases"].values()]
+    assert sum(charged) == results["flops"]
+
+
+class Slow(Dataset):
+    """A dataset whose samples take longer to read than to train on."""
+
+    def __init__(self, images, labels):
+        self.images, self.labels = images, labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        time.sleep(0.002)
+        return self.images[index], self.labels[index]
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_waiting_for_data_brings_one_line_of_advice(cifar, digits, slow):
+    images, labels = digits
+    data = (Slow if slow else TensorDataset)(images[:128], labels[:128])
+    model, notices = nn.Sequential(nn.Flatten(), *[nn.Linear(64, 64), nn.ReLU()] * 30, nn.Linear(64, 10)), []
+    loaders = DataLoader(data, batch_size=32), DataLoader(TensorDataset(images, labels), batch_size=500)
+    _, results = run_two_epochs(cifar, loaders, model, notices)
+    waits = [row["data_wait_percent"] > 20 for row in results["epochs"]]
+    advice = [text for text in notices if "waited for data" in text]
+    assert len(advice) == (1 if any(waits) else 0)
+    if slow:
+        assert waits[0], "the sleep outlasts the steps"
+        assert "more workers" in advice[0]
