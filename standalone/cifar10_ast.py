@@ -2368,8 +2368,8 @@ def guarded_step(
     """Steps, or leaves no trace where the gradients are not finite; returns which, a bool on the device.
 
     before: the floating-point buffers as they were before the forward pass. clip_norm: gradients of a larger
-    norm are scaled down to it; 0 leaves them. An optimizer that is not fused
-    costs one sync a step on a GPU: for fp16 GradScaler reads its own flag, and Adam counts steps on the CPU.
+    norm are scaled down to it; 0 leaves them. An optimizer that is not fused costs a copy of the weights, and
+    one sync a step on a GPU: for fp16 GradScaler reads its own flag, and Adam counts steps on the CPU.
     """
     weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     scaler.unscale_(optimizer)
@@ -2377,18 +2377,42 @@ def guarded_step(
     ok = norm.isfinite()
     if clip_norm:
         nn.utils.clip_grads_with_norm_(weights, clip_norm, norm)
+    if getattr(optimizer, "_step_supports_amp_scaling", False):  # a fused one skips by itself, on the device
+        begin_at_zero(optimizer)
+        optimizer.grad_scale, optimizer.found_inf = None, (~ok).float()
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
+    else:
+        step_or_undo(optimizer, scaler, weights, ok)
+    scaler.update()
+    with torch.no_grad():
+        for value, old in zip(float_buffers(model), before, strict=True):
+            value.copy_(torch.where(ok.to(value.device), value, old))
+    return ok
+
+
+def begin_at_zero(optimizer: torch.optim.Optimizer) -> None:
+    """Momenta where there are none yet: a skipped first step would leave them as memory happened to be."""
+    for group in optimizer.param_groups:
+        for weight in group["params"] if group.get("momentum") else ():
+            if weight.grad is not None and "momentum_buffer" not in optimizer.state[weight]:
+                optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+
+
+def step_or_undo(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, weights: list[Tensor], ok: Tensor
+) -> None:
+    """Steps, and where `ok` is false puts back every weight and moment, which takes a copy of them."""
     held = [(p, p.detach().clone()) for p in weights]
     held += [(value, value.clone()) for p in weights for value in moments(optimizer, p)]
     known = {id(value) for value, _ in held}
     scaler.step(optimizer)
-    scaler.update()
     with torch.no_grad():
         fresh = [
             (v, torch.zeros_like(v)) for p in weights for v in moments(optimizer, p) if id(v) not in known
         ]
-        for value, old in [*held, *fresh, *zip(float_buffers(model), before, strict=True)]:
+        for value, old in [*held, *fresh]:
             value.copy_(torch.where(ok.to(value.device), value, old))
-    return ok
 
 
 def out_of_memory(error: RuntimeError) -> bool:
@@ -3705,7 +3729,8 @@ def take_up(settings: object, given: dict[str, str]) -> object:
     for name, how in given.items():
         value = getattr(settings, name)
         left_open = value is None or (name in ("device", "amp") and value == "auto")
-        if name not in FREE_ON_RESUME and not left_open and value != stored.get(name, value):
+        free = name in FREE_ON_RESUME or how.startswith("--profile ")  # the run's own profile counts
+        if not free and not left_open and value != stored.get(name, value):
             raise BadInput(
                 f"{how} {value}: expected {stored[name]}, as in the run that "
                 f"{settings.out} holds; leave it out, or start afresh without --resume"

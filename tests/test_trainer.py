@@ -1,11 +1,15 @@
 """The Python use: other people's models on other people's data, and the snippets of the original reports."""
 
 import math
+import os
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
@@ -579,3 +583,42 @@ def test_waiting_for_data_brings_one_line_of_advice(cifar, digits, slow):
     if slow:
         assert waits[0], "the sleep outlasts the steps"
         assert "more workers" in advice[0]
+
+
+SCARCE = """
+import resource, sys
+import torch
+sys.path.insert(0, sys.argv[1])
+import cifar10_ast as program
+
+program.keep_freed_memory()
+torch.manual_seed(0)
+model = torch.nn.Sequential(
+    torch.nn.Conv2d(3, 64, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(64, 64, 3, padding=1),
+    torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(64, 10),
+)
+images = torch.randint(0, 256, (256, 64, 64, 3), dtype=torch.uint8).numpy()
+labels = (torch.arange(256) % 10).numpy()
+notices = []
+trainer = program.AdaptiveSparseTrainer(
+    model, (images, labels), (images[:32], labels[:32]), {"batch_size": 256, "amp": "off"},
+    torch.optim.SGD(model.parameters(), lr=0.01),
+    listeners=[lambda event, data: notices.append(data["text"]) if event == "notice" else None],
+)
+used = int(open("/proc/self/statm").read().split()[0]) * 4096
+resource.setrlimit(resource.RLIMIT_AS, (used + 500 * 2**20,) * 2)  # one pass of 256 keeps 1.3 GB
+results = trainer.train(epochs=1)
+print(results["complete"], results["samples_at_once"], *notices)
+"""  # fmt: skip
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits its own memory as Linux does")
+def test_training_survives_memory_that_really_runs_out():
+    command = [sys.executable, "-c", SCARCE, str(ROOT / "standalone")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    complete, at_once, *notice = done.stdout.split()
+    assert complete == "True"
+    assert 1 <= int(at_once) < 256
+    assert notice[:3] == ["out", "of", "memory:"]
