@@ -374,11 +374,16 @@ def main() -> None:
             found = notebook()
         else:
             found = accuracy(options.data, options.seeds) if name == "accuracy" else speed(options.data)
-        found |= {"machine": ast.device_name("cpu"), "torch": torch.__version__, "numpy": np.__version__}
-        found["date"] = time.strftime("%Y-%m-%d")
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
-        print(name, json.dumps(found, indent=2))
+        record(name, found)
+
+
+def record(name: str, found: dict) -> None:
+    """Writes a result with the machine and the day, and prints it."""
+    found |= {"machine": ast.device_name("cpu"), "torch": torch.__version__, "numpy": np.__version__}
+    found["date"] = time.strftime("%Y-%m-%d")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
+    print(name, json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

@@ -4050,7 +4050,7 @@ def report(summary: dict) -> str:
                 f"{first} is {'ahead of' if ahead > 0 else 'not ahead of'} {words}: {ahead:+.2f} points, "
                 f"seeds: {len(summary['seeds'])} (one proves nothing)"
             )
-    lines += [f"{name}: {found['words']}" for name, found in summary["references"].items()]
+    lines += [f"{name}: {r['words']}" for name, r in summary["references"].items() if r["words"]]
     if summary["skipped_images"]:
         lines.append(f"unreadable images skipped: {summary['skipped_images']} (skipped_images.txt)")
     if summary["changes_by_hand"]:

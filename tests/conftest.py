@@ -25,6 +25,14 @@ def cifar():
 
 
 @pytest.fixture(scope="session")
+def imagenet():
+    """The ImageNet-100 program as a module."""
+    import imagenet100_ast
+
+    return imagenet100_ast
+
+
+@pytest.fixture(scope="session")
 def real_cifar():
     """The path of the real images, where this machine has them."""
     if not REAL_CIFAR.exists():

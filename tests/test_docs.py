@@ -1,6 +1,7 @@
 """What the documents say is what the program does and what was measured."""
 
 import contextlib
+import importlib
 import re
 import sys
 
@@ -36,11 +37,13 @@ def test_a_model_states_its_size_as_it_is_counted(cifar, name):
         assert f"{flops / 1e6:.1f}" in stated
 
 
-def test_every_setting_has_a_comment_and_a_row_in_the_readme(cifar):
-    comments = cifar.field_comments()
-    for field in cifar.fields(cifar.Settings):
+@pytest.mark.parametrize("program", ["cifar10_ast", "imagenet100_ast"])
+def test_every_setting_has_a_comment_and_a_row_in_the_readme(program):
+    program = importlib.import_module(program)
+    comments = program.field_comments()
+    for field in program.fields(program.Settings):
         assert comments[field.name]
-        assert f"| `{cifar.flag(field.name)}` |" in README
+        assert f"| `{program.flag(field.name)}` |" in README
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/configuration.md", "docs/api.md"])
@@ -50,8 +53,10 @@ def test_links_and_pictures_inside_the_repository_resolve(name):
         assert (path.parent / target).exists(), target
 
 
-def test_the_readme_names_no_flag_that_is_not_there(cifar):
-    known = {cifar.flag(field.name) for field in cifar.fields(cifar.Settings)}
-    known |= {"--no-feedforward", "--help", "--sync", "--check", "--kaggle", "--data"}
+def test_the_readme_names_no_flag_that_is_not_there(cifar, imagenet):
+    settings = [*cifar.fields(cifar.Settings), *imagenet.fields(imagenet.Settings)]
+    known = {cifar.flag(field.name) for field in settings}
+    known |= {"--no-feedforward", "--no-probe", "--help", "--sync", "--check", "--kaggle"}
+    known |= {"--to", "--side", "--from", "--classes", "--json", "--force"}  # of python -m data_setup
     used = set(re.findall(r"`[^`]*?(--[a-z][a-z-]+)", README))
     assert used <= known, used - known

@@ -15,6 +15,14 @@ from conftest import ROOT
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SMALL_RUNS = {
+    "cifar10_ast": {"AST_TRAIN_SIZE": "6000", "AST_MODEL": "simple_cnn"},
+    "imagenet100_ast": {"AST_TRAIN_SIZE": "1000", "AST_IMAGE_SIZE": "32", "AST_WEIGHTS": "none"},
+}
+POLICIES = {
+    "cifar10_ast": {"ast", "full", "random"},
+    "imagenet100_ast": {"ast", "full", "random", "short"},
+}
 
 
 def outputs(notebook, kind):
@@ -37,10 +45,11 @@ def assert_a_picture(png):
 @pytest.mark.parametrize("batch", [False, True], ids=["nbclient", "kaggle-batch"])
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_notebook_runs_by_itself_from_top_to_bottom(path, batch, tmp_path, monkeypatch):
+    train_size, policies = SMALL_RUNS[path.stem]["AST_TRAIN_SIZE"], POLICIES[path.stem]
+    for variable, value in SMALL_RUNS[path.stem].items():
+        monkeypatch.setenv(variable, value)
     monkeypatch.setenv("AST_DATA", "shapes")
-    monkeypatch.setenv("AST_TRAIN_SIZE", "6000")
     monkeypatch.setenv("AST_EPOCHS", "4")
-    monkeypatch.setenv("AST_MODEL", "simple_cnn")
     out = tmp_path / "results"
     monkeypatch.setenv("AST_OUT", str(out))
     if batch:
@@ -52,17 +61,18 @@ def test_the_notebook_runs_by_itself_from_top_to_bottom(path, batch, tmp_path, m
     summary = json.loads((out / "summary.json").read_text())
     assert summary["complete"]
     assert summary["synthetic"]
-    assert set(summary["policies"]) == {"ast", "full", "random"}
+    assert set(summary["policies"]) == policies
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     ours = [row for row in rows if row["policy"] == "ast"]
-    assert len(rows) == 12
+    paid = round(summary["policies"]["ast"]["activated"] / int(train_size))  # what `short` may spend
+    assert len(rows) == 12 + (paid if "short" in policies else 0)
     assert ours[-1]["train_loss"] < ours[0]["train_loss"]
-    assert ours[2]["activated"] == 2400
+    assert ours[2]["activated"] == 0.4 * int(train_size)
     printed = outputs(notebook, "stream")
     table = "".join(printed["Run in a notebook"])
     assert "SYNTHETIC" in table
     assert all(
-        len(re.findall(rf"^{policy} +\d/4 ", table, re.MULTILINE)) == 4 for policy in summary["policies"]
+        len(re.findall(rf"^{policy} +\d/4 ", table, re.MULTILINE)) == 4 for policy in policies - {"short"}
     )
     assert "| --- |" in "".join(outputs(notebook, "text/markdown")["What came out"])
 

@@ -1,0 +1,280 @@
+"""Measures what the ImageNet-100 program must reach, as ratios within one process.
+
+    python benchmarks/image_bars.py skip decode packed --photographs path/to/full-size/images
+    python benchmarks/image_bars.py compute memory --data path/to/imagenet100
+    python benchmarks/image_bars.py budget --data path/to/imagenet100      # an hour on two cores; resumable
+
+Photographs: a folder or .zip of full-size JPEGs, in any arrangement. Data: what the program takes as --data.
+Writes benchmarks/results/<name>.json. Run it on an otherwise idle machine.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from bars import CPU, ROOT, SPARSE, phase_seconds, record
+from torch import nn
+from torchvision.transforms import v2
+
+sys.path.insert(0, str(ROOT / "standalone"))
+import imagenet100_ast as program
+
+SIDE = 160  # pixels, of the crops that are timed
+PACKED_SIDE = 256  # pixels, of the packed images
+
+
+def names_in(path: Path) -> list[str]:
+    """Every JPEG below a folder, or in a .zip."""
+    if path.is_file():
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    else:
+        names = [str(found.relative_to(path)) for found in path.rglob("*")]
+    return sorted(name for name in names if name.lower().endswith((".jpg", ".jpeg")))
+
+
+def tiny(side: int, classes: int) -> nn.Module:
+    """A model that costs next to nothing, so that what is measured is the loader."""
+    return nn.Sequential(nn.AvgPool2d(16), nn.Flatten(), nn.Linear(3 * (side // 16) ** 2, classes))
+
+
+def ratio_of_skipping(make: Callable[[str], program.AdaptiveSparseTrainer], rounds: int) -> dict:
+    """Seconds a candidate at a = 0.25 ÷ seconds a sample of full training; rounds interleaved."""
+    times: dict[str, list[float]] = {"full": [], "remembered": []}
+    for _ in range(rounds):
+        for gate, epochs in (("full", 2), ("remembered", 3)):
+            times[gate] += phase_seconds(make(gate).train(epochs=epochs), "sparse")
+    median = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        "ratio": median["remembered"] / median["full"],
+        "milliseconds_per_candidate": {name: 1e3 * value for name, value in median.items()},
+        "samples": times,
+    }
+
+
+def settings_of(**values: object) -> program.Settings:
+    """Settings as a run on this CPU would have them."""
+    fixed = {"device": "cpu", "weights": "none", "probe": False, **SPARSE, "target_activation": 0.25}
+    return program.let_device_decide(program.Settings(**fixed | values))[0]
+
+
+def skip(photographs: Path, repeats: int = 12, rounds: int = 3) -> dict:
+    """Skipping where the loader is what takes the time: full-size JPEGs and a tiny model."""
+    names = names_in(photographs) * repeats
+    labels = np.arange(len(names)) % 10
+
+    def make(gate: str) -> program.AdaptiveSparseTrainer:
+        settings = settings_of(gate=gate, image_size=SIDE, batch_size=64)
+        photos = program.Photos(program.Files(photographs), names)
+        few = program.Photos(photos.files, names[:20])
+        data = program.ImageData(
+            "photographs", False, list("0123456789"), photos, labels, few, labels[:20], ""
+        )
+        torch.manual_seed(0)
+        model = tiny(SIDE, 10)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        config = program.ASTConfig.from_settings(settings)
+        return program.AdaptiveSparseTrainer(
+            model, *program.sources(settings, data, CPU), config, optimizer, listeners=[]
+        )
+
+    return ratio_of_skipping(make, rounds) | {"images": len(names), "reach": "at most 0.30; limit 0.25"}
+
+
+def compute(data: program.ImageData, rounds: int = 2) -> dict:
+    """Skipping where the model is what takes the time: resnet18 at 64 pixels, from JPEG files."""
+
+    def make(gate: str) -> program.AdaptiveSparseTrainer:
+        settings = settings_of(gate=gate, model="resnet18", image_size=64, batch_size=64)
+        torch.manual_seed(0)
+        model = program.build_model(settings, len(data.classes))
+        config = program.ASTConfig.from_settings(settings)
+        sources = program.sources(settings, data, CPU)
+        return program.AdaptiveSparseTrainer(
+            model, *sources, config, *program.recipe(settings, model), listeners=[]
+        )
+
+    found = ratio_of_skipping(make, rounds)
+    return found | {"images": len(data.train_labels), "reach": "at most 0.29; limit 0.25"}
+
+
+def rates(ways: dict[str, Callable[[], int]], rounds: int) -> dict[str, float]:
+    """Images a second of each way, the median of interleaved rounds."""
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            count = way()
+            found[name].append(count / (time.perf_counter() - began))
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def plain_pipeline(folder: Path, workers: int) -> Callable[[], int]:
+    """One epoch of torchvision's `ImageFolder`, `RandomResizedCrop` and a `DataLoader`."""
+    views = v2.Compose([v2.RandomResizedCrop(SIDE, antialias=True), v2.PILToTensor()])
+    images = torchvision.datasets.ImageFolder(str(folder), views)
+    loader = torch.utils.data.DataLoader(
+        images, batch_size=64, shuffle=True, num_workers=workers, persistent_workers=True
+    )
+    return lambda: sum(len(labels) for _, labels in loader)
+
+
+def our_pipeline(images: object, count: int, workers: int) -> Callable[[], int]:
+    """One epoch of `CropSource`, on as many threads as the other has processes."""
+    source = program.CropSource(
+        images, np.zeros(count, np.int64), CPU, 64, SIDE, lambda views, generator: views, workers, draw=True
+    )
+
+    def epoch() -> int:
+        order = torch.randperm(count).split(64)
+        return sum(len(indices) for indices, _, _ in source.stream(order))
+
+    return epoch
+
+
+def crops(photographs: Path, packed: bool, repeats: int = 6, rounds: int = 5) -> dict:
+    """Random crops a second beside torchvision's pipeline, on one worker and on two."""
+    names, found = names_in(photographs) * repeats, {}
+    with tempfile.TemporaryDirectory() as temporary, program.Files(photographs) as files:
+        for index, name in enumerate(names):
+            path = Path(temporary) / str(index % 2) / f"{index}.jpg"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(files.read(name))
+        mine = program.Photos(program.Files(Path(temporary)), names_in(Path(temporary)))
+        if packed:
+            whole = lambda width, height: program.centre_box(width, height, 1.0)  # noqa: E731
+            mine = np.stack([mine.view(index, PACKED_SIDE, whole) for index in range(len(names))])
+        for workers in (1, 2):
+            ways = {
+                "torchvision": plain_pipeline(Path(temporary), workers),
+                "ours": our_pipeline(mine, len(names), workers),
+            }
+            for way in ways.values():  # starts the processes, fills the caches
+                way()
+            per_second = rates(ways, rounds)
+            found[f"workers_{workers}"] = {
+                "times_faster": per_second["ours"] / per_second["torchvision"],
+                "images_per_second": per_second,
+            }
+    return found
+
+
+def decode(photographs: Path) -> dict:
+    """From full-size JPEGs."""
+    return crops(photographs, packed=False) | {"reach": "at least 1.6"}
+
+
+def packed(photographs: Path) -> dict:
+    """From packed arrays, against the same pipeline on the JPEGs."""
+    return crops(photographs, packed=True) | {"reach": "at least 10"}
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    return int(pages) * 4096
+
+
+def memory(data: program.ImageData, epochs: int = 4) -> dict:
+    """Growth of resident memory over three epochs of 20,000 images, after a first that fills the caches."""
+    settings = settings_of(image_size=64, batch_size=64, gate="remembered", target_activation=0.5)
+    torch.manual_seed(0)
+    model = tiny(64, len(data.classes))
+    sizes: list[int] = []
+
+    def listen(event: str, _: dict) -> None:
+        if event == "epoch":
+            sizes.append(resident())
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    config = program.ASTConfig.from_settings(settings)
+    program.AdaptiveSparseTrainer(
+        model, *program.sources(settings, data, CPU), config, optimizer, listeners=[listen]
+    ).train(epochs=epochs)
+    return {
+        "growth_percent": 100 * (sizes[-1] / sizes[0] - 1),
+        "resident_mib_after_each_epoch": [round(size / 2**20, 1) for size in sizes],
+        "images": len(data.train_labels),
+        "reach": "at most 2 %",
+    }
+
+
+def budget(data: str, seeds: str, epochs: int) -> dict:
+    """AST against plain training of as few epochs, and against random selection, at the same cost."""
+    out = ROOT / "runs" / "image-bars-budget"
+    settings = program.Settings(
+        data=data,
+        model="resnet18",
+        image_size=64,
+        weights="none",
+        probe=False,
+        device="cpu",
+        epochs=epochs,
+        batch_size=64,
+        compare="random,short",
+        seeds=seeds,
+        out=str(out),
+        resume=(out / "config.json").exists(),
+    )
+    policies = program.run(settings)["policies"]
+    per_seed = {name: list(policy["accuracy_per_seed"].values()) for name, policy in policies.items()}
+    return {
+        "settings": "resnet18 from scratch, 64 px, a = 0.4",
+        "epochs": epochs,
+        "accuracy_per_seed": {name: policy["accuracy_per_seed"] for name, policy in policies.items()},
+        "mean_accuracy": {name: policy["final_accuracy"] for name, policy in policies.items()},
+        "seconds": {name: policy["train_seconds"] for name, policy in policies.items()},
+        "activated": {name: policy["activated"] for name, policy in policies.items()},
+        "ast_minus": {
+            rival: dict(zip(("mean", "half_width"), paired(per_seed["ast"], per_seed[rival]), strict=True))
+            for rival in ("short", "random")
+        },
+        "reach": "above 0 for both",
+    }
+
+
+def paired(ours: list[float], theirs: list[float]) -> tuple[float, float | None]:
+    """Mean paired difference, and half the width of its 95 % interval (Student's t), None for one seed."""
+    gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
+    if len(gaps) == 1:
+        return gaps[0], None
+    quantile = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}.get(len(gaps), 2.0)
+    return statistics.mean(gaps), quantile * statistics.stdev(gaps) / math.sqrt(len(gaps))
+
+
+def main() -> None:
+    on_photographs = {"skip": skip, "decode": decode, "packed": packed}
+    on_data = {"compute": (compute, 6400), "memory": (memory, 20_000)}
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("measures", nargs="+", choices=[*on_photographs, *on_data, "budget"])
+    parser.add_argument("--photographs", type=Path, help="folder or .zip of full-size JPEGs")
+    parser.add_argument("--data", help="what the program takes as --data")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--epochs", type=int, default=12, help="of the budget")
+    options = parser.parse_args()
+    program.keep_freed_memory()
+    for name in options.measures:
+        if name in on_photographs:
+            found = on_photographs[name](options.photographs)
+        elif name in on_data:
+            measure, size = on_data[name]
+            settings = settings_of(data=options.data, train_size=size, image_size=64, model="resnet18")
+            found = measure(program.load_data(settings, print))
+        else:
+            found = budget(options.data, options.seeds, options.epochs)
+        record(f"images_{name}", found)
+
+
+if __name__ == "__main__":
+    main()
