@@ -970,8 +970,10 @@ def read_path(path: Path, settings: "Settings") -> ImageData:
 
 # %% Find ImageNet-100
 def holds_imagenet(path: Path) -> Path | None:
-    """`path` where class folders named as ImageNet's, or packed arrays, lie in it; else None."""
-    return path if is_packed(path) or any(map(IMAGENET_KEY.fullmatch, classes_in(path))) else None
+    """`path` where class folders named as ImageNet's lie in it, or packed arrays of 100 classes; else None."""
+    if is_packed(path):
+        return path if len(class_names(path / "classes.json")) == 100 else None
+    return path if any(map(IMAGENET_KEY.fullmatch, classes_in(path))) else None
 
 
 def holds_data(path: Path) -> Path | None:
@@ -981,10 +983,10 @@ def holds_data(path: Path) -> Path | None:
 
 def classes_in(path: Path) -> list[str]:
     """Names of the class folders of `path` where it is split, told without listing their images; else []."""
-    if path.is_dir() and not any((path / name).is_dir() for name in ("train", "train.X1")):
+    if not path.is_file() and not any((path / name).is_dir() for name in ("train", "train.X1")):
         return []  # and so a folder of a million files costs two questions
     look = look_into(path)
-    prefixes = [""] if path.is_dir() else ["", *look("")[0]]
+    prefixes = ["", *look("")[0]] if path.is_file() else [""]
     splits = next(filter(None, (find_splits(look, prefix) for prefix in prefixes)), {})
     return [key for part in splits.get("train", ()) for key in look(part)[0]]
 
@@ -1380,7 +1382,10 @@ def passes(
     device = torch.device(settings.device)
     dtype = pick_dtype(settings.amp, device)
     if training:
-        data = replace(data, val_images=data.train_images, val_labels=data.train_labels)
+        images = data.train_images
+        if isinstance(images, Photos):  # its own, so that what is decoded here is not kept
+            images = Photos(images.files, images.names)
+        data = replace(data, val_images=images, val_labels=data.train_labels)
     model = model.to(device, memory_format=torch.channels_last).eval()
     for images, labels in sources(settings, data, device)[1].in_order():
         with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
