@@ -58,7 +58,8 @@ CHECK = """Read and decode every image, and tell what is wrong.
     python -m data_setup {set} check {path} --json > report.json
 
 Tells counts, sizes, damaged images, exact copies, copies in both train and val, and copies under different
-classes{expected}. Exit status 1 if there are problems.
+classes{expected}. Exit status 1 if there are problems. Damage in the middle of a JPEG that the decoder
+can hide is not found.
 """
 PACK = """Decode every image once, into arrays that training maps.
 

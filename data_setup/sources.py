@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -192,6 +192,3 @@ def open_packed(path: Path) -> Arrays:
     """Map packed arrays. Raises BadInput where one is missing, damaged, or does not go with the others."""
     data = programs.imagenet100().read_packed(path, 0)
     return Arrays(path, "packed arrays", data.classes, {name: getattr(data, name) for name in PACKED})
-
-
-Opener = Callable[[Path, float], Source]

@@ -14,9 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "standalone"))
-import imagenet100_ast as images  # noqa: E402
-
 import cifar10_ast as program  # noqa: E402
+import imagenet100_ast as images  # noqa: E402
 
 CHAPTERS = {
     "Train a model of your own": ["ASTConfig", "AdaptiveSparseTrainer", "Controls", "BadInput"],
@@ -203,8 +202,9 @@ ROWS |= {
     "images_packed": [("the same crops from packed arrays", times_faster, "≥ 10 ×")],
     "images_pack": [
         (
-            "images packed a second and core, beside a plain loop of PIL",
-            lambda r: f"{r['times_faster']:.2f} ×",
+            "images packed at 256 pixels a processor second, checksums and journal included, beside a plain "
+            "loop of PIL that saves PNGs; that saves JPEGs",
+            lambda r: f"{r['times_faster']:.2f} ×; {r['times_faster_than_saving_as_jpeg']:.2f} ×",
             "≥ 1.5 ×",
         )
     ],

@@ -130,7 +130,9 @@ class Settings:
     # Adaptive sparse training
     target_activation: float = 0.4  # a*, fraction of the candidates trained on, in (0, 1]
     gate: str = "remembered"  # remembered, live, random, rs2 or full
-    compare: str = "full,random"  # run beside the gate, also rs2; short: full at its cost; or none
+    compare: str = (
+        "full,random"  # run beside the gate, also rs2; short: full, cut to as many samples; or none
+    )
     warmup_epochs: int | None = None  # whole epochs on everything at the start; max(1, 8 %) if None
     ramp_epochs: int | None = None  # whole epochs from everything down to the target; 20 % if None
     anneal_epochs: int | None = None  # whole epochs on everything at the end; 12.5 % if None
@@ -170,7 +172,8 @@ settings = Settings()
 # target_activation = 0.4  # @param {"type": "slider", "min": 0.02, "max": 1.0, "step": 0.02}
 # gate = "remembered"  # @param ["remembered", "live", "random"]
 # epochs = 0  # @param {"type": "integer"}
-# settings = Settings(data=data, target_activation=target_activation, gate=gate, epochs=epochs or None)
+# settings = replace(settings, data=data, target_activation=target_activation)
+# settings = replace(settings, gate=gate, epochs=epochs or None)
 
 # %% Why one form for all data [markdown]
 # ## The data
@@ -1104,11 +1107,11 @@ def drawn(size: int) -> ImageData:
     return shapes(size or 12_000)
 
 
-def search(root: Path, test: Callable[[Path], Any], word: str) -> Any:
+def search(root: Path, test: Callable[[Path], Any], word: str | None = None) -> Any:
     """Look for data in `root` and its folders, nearest first, bounded in depth and in names read.
 
-    test(path) is asked of every folder, and of every .zip with `word` in its name, and answers None where it
-    knows nothing. Returns the first answer that is not None, else None.
+    test(path) is asked of every folder, and of every .zip with `word` in its name (None: of no .zip), and
+    answers None where it knows nothing. Returns the first answer that is not None, else None.
     """
     level, seen, budget = [root], set(), SEARCH_ENTRIES
     for _ in range(SEARCH_LEVELS + 1):
@@ -1118,7 +1121,7 @@ def search(root: Path, test: Callable[[Path], Any], word: str) -> Any:
             if real in seen:  # a link may lead back to a folder above it
                 continue
             seen.add(real)
-            with contextlib.suppress(OSError):  # not there, or not ours to read
+            with contextlib.suppress(OSError, BadInput):  # not there, not ours to read, or somebody else's
                 if (answer := test(folder)) is not None:
                     return answer
                 with os.scandir(folder) as names:
@@ -1130,7 +1133,7 @@ def search(root: Path, test: Callable[[Path], Any], word: str) -> Any:
                     if entry.is_dir() and entry.name.partition(".")[0] not in SPLITS
                 ]
                 for entry in entries:
-                    named = word in entry.name.lower() and entry.name.lower().endswith(".zip")
+                    named = word and word in entry.name.lower() and entry.name.lower().endswith(".zip")
                     if named and (answer := test(folder / entry.name)) is not None:
                         return answer
         level = below
@@ -2008,7 +2011,7 @@ def as_input(images: Tensor) -> Tensor:
 
 @runtime_checkable
 class Source(Protocol):
-    """What the trainer takes samples from: one of the two below, or your own."""
+    """What the trainer takes samples from: `ArraySource`, `DatasetSource`, or your own."""
 
     batch_size: int
     generator: torch.Generator  # what views are drawn with; checkpoints hold its state
@@ -2417,7 +2420,8 @@ def step_or_undo(
 
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether the GPU, or the CPU's allocator, had too little memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    words = ("DefaultCPUAllocator", "ALLOC_FAILED")  # the second from cuBLAS and cuDNN
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def moments(optimizer: torch.optim.Optimizer, weight: Tensor) -> list[Tensor]:
@@ -2635,6 +2639,7 @@ class AdaptiveSparseTrainer:
         self.unread: list[tuple[Tensor, Tensor, Tensor]] = []  # indices; scores and sums, still on the device
         self.progress = 0.0
         self.frozen: int | None = None  # parameters that wait for their `first_epoch`
+        self.stilled: list[nn.Module] = []  # put into eval mode until then
         self.at_once: dict[str, int] = {}  # samples a pass, by mode, once memory has run out
         self.advised = False
         self.flops: dict[str, float] = {}
@@ -2685,12 +2690,14 @@ class AdaptiveSparseTrainer:
             for weight in group["params"] if "first_epoch" in group else ():
                 weight.requires_grad_(epoch >= group["first_epoch"])
                 waiting |= set() if weight.requires_grad else {id(weight)}
-        if len(waiting) == self.frozen or not (waiting or self.frozen):
-            return
-        for module in self.model.modules():
-            if own := list(module.parameters(recurse=False)):
-                module.train(not all(id(weight) in waiting for weight in own))
-        if self.frozen is not None:
+        for module in self.stilled:
+            module.training = True
+        weights = [(module, list(module.parameters(recurse=False))) for module in self.model.modules()]
+        still = [m for m, own in weights if own and m.training and all(id(w) in waiting for w in own)]
+        for module in still:
+            module.training = False
+        self.stilled = still
+        if self.frozen is not None and self.frozen != len(waiting):
             self.flops.pop("training", None)  # a frozen part has no backward pass: count again
         self.frozen = len(waiting)
 
@@ -2733,7 +2740,9 @@ class AdaptiveSparseTrainer:
         return math.ceil(min(len(self.train_source) / 20, 4 * self.train_source.batch_size / self._rate()))
 
     def _offer(self, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        began = time.perf_counter()
         self._flush()
+        self.epoch.waited -= time.perf_counter() - began  # that was for the device, not for data
         self._apply_controls()
         rate = self._rate()
         self.epoch.candidates += len(candidates)
@@ -2902,7 +2911,7 @@ class AdaptiveSparseTrainer:
         limit = self.at_once.get(mode, count)
         while True:
             try:
-                answer = attempt(math.ceil(count / limit))
+                answer = attempt(min(math.ceil(count / limit), max(1, count // 2)))  # batch norm needs two
                 break
             except RuntimeError as error:
                 if not out_of_memory(error):
@@ -2911,10 +2920,10 @@ class AdaptiveSparseTrainer:
             undo()  # outside the except block, where the error would hold on to what it failed with
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            if limit == 1:
+            if limit <= 2:
                 raise BadInput(
-                    f"one sample at a time: expected it to fit into memory ({reason}); choose smaller images "
-                    "or a smaller model"
+                    f"two samples at a time: expected them to fit into memory ({reason}); choose smaller "
+                    "images or a smaller model"
                 )
             limit = math.ceil(min(limit, count) / 2)
         if limit < self.at_once.get(mode, count):
@@ -2950,18 +2959,20 @@ class AdaptiveSparseTrainer:
                 f"labels from {low} to {high}: expected 0 to {classes - 1}, since the model has {classes} "
                 "outputs; widen the model or mend the labels"
             )
-        self._count_flops("training", images[:2])
         self._count_flops("evaluation", images[:2])
         if isinstance(self.gate, LiveGate) and "scoring" not in self.flops:
             self.refuse_scale(images)
             self._count_flops("scoring", self._shrink(images[:2]))
+        self._count_flops("training", images[:2])  # last: where memory runs out before, all is counted anew
 
     def _count_flops(self, mode: str, images: Tensor) -> None:
         phase = self.ledger.switch(None)
-        self.flops[mode], self.uncounted = flops_per_sample(
-            self.model, images, mode == "training", self.autocast
-        )
-        self.ledger.switch(phase)
+        try:
+            self.flops[mode], self.uncounted = flops_per_sample(
+                self.model, images, mode == "training", self.autocast
+            )
+        finally:
+            self.ledger.switch(phase)
 
     def refuse_scale(self, images: Tensor) -> None:
         """Raises BadInput where the model cannot take images [B, ...] at `score_scale` of their size."""
@@ -3153,6 +3164,7 @@ class AdaptiveSparseTrainer:
             "flops": dict(self.flops),
             "uncounted": list(self.uncounted),
             "at_once": dict(self.at_once),
+            "frozen": self.frozen,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -3179,7 +3191,7 @@ class AdaptiveSparseTrainer:
         self.changes = [tuple(change) for change in state["changes"]]
         self.train_source.unreadable = dict(state["unreadable"])
         self.flops, self.uncounted = dict(state["flops"]), list(state["uncounted"])
-        self.at_once = dict(state["at_once"])
+        self.at_once, self.frozen = dict(state["at_once"]), state["frozen"]
         if state["epoch"] is not None:
             plan = self._plan(state["plan"]["order"])
             plan.load_state_dict(state["plan"])
@@ -3697,7 +3709,7 @@ def let_device_decide(settings: object) -> tuple[object, dict[str, str]]:
 # "Saved" is against the full run beside it, or else labelled as the unit model's word.
 
 # %% The whole run tags=["shared"]
-FREE_ON_RESUME = {"out", "resume", "time_limit", "checkpoint_seconds"}
+FREE_ON_RESUME = {"out", "resume", "time_limit", "checkpoint_seconds", "workers"}
 OUTPUTS = (
     "config.json metrics.jsonl events.jsonl summary.json curves.png model.pt samples.npz skipped_images.txt "
     "checkpoints"
@@ -3779,7 +3791,7 @@ class Run:
         self.records.cut(stored["records"] if stored else {})
         self.finished = stored["finished"] if stored else []
         self.references = stored["references"] if stored else {}
-        self.skipped = dict.fromkeys(self.data.unreadable)
+        self.skipped = dict.fromkeys([*self.data.unreadable, *(stored["skipped"] if stored else [])])
         self.say(describe(self.data))
         for listener in self.listeners:
             listener("plan", self._work())
@@ -3789,11 +3801,19 @@ class Run:
                 if (policy, seed) not in done and not self.controls.stopping():
                     self._train(policy, seed, stored)
                     stored = None
-        for name, reference in REFERENCES.items():
-            if name not in self.references and not self.controls.stopping():
-                self.references[name] = reference(self.settings, self.data, self.say)
-                self.save()
+        if len(self.finished) == len(self.policies) * len(self.seeds):
+            self._refer()
         return self.close()
+
+    def _refer(self) -> None:
+        """Measures the references; all else is on the disk before, since they may take a while."""
+        for name, reference in REFERENCES.items():
+            self.close()
+            if name not in self.references and not self.controls.stopping():
+                found = reference(self.settings, self.data, self.say, self.controls.stopping)
+                if not self.controls.stopping():
+                    self.references[name] = found
+                    self.save()
 
     def _work(self) -> dict:
         """How many samples each policy is expected to train on, a seed."""
@@ -3813,7 +3833,8 @@ class Run:
         trainer = self._trainer(self.policies[0], self.seeds[0])
         if isinstance(trainer.gate, LiveGate):
             _, images, _ = next(trainer.train_source.stream([torch.arange(2)]))
-            trainer.refuse_scale(images)
+            if len(images):
+                trainer.refuse_scale(images)
 
     def _trainer(self, policy: str, seed: int) -> AdaptiveSparseTrainer:
         torch.manual_seed(seed)
@@ -3879,7 +3900,8 @@ class Run:
         for source in (self.trainer.train_source, self.trainer.val_source) if self.trainer else ():
             self.skipped |= dict.fromkeys(source.unreadable.values())
         if self.skipped:
-            write_whole(self.out / "skipped_images.txt", ("\n".join(self.skipped) + "\n").encode())
+            lines = "\n".join(self.skipped) + "\n"  # names of files may be no text
+            write_whole(self.out / "skipped_images.txt", lines.encode(errors="backslashreplace"))
 
     def save(self) -> None:
         """Writes a checkpoint of the finished runs and of the one in hand."""
@@ -3887,7 +3909,7 @@ class Run:
         trainer = self.trainer.state_dict() if self.trainer else None
         data = [self.data.name, len(self.data.train_labels)]
         state = {"data": data, "records": self.records.sizes(), "finished": self.finished, "trainer": trainer}
-        state |= {"references": self.references}
+        state |= {"references": self.references, "skipped": list(self.skipped)}
         save_checkpoint(self.out / "checkpoints", state)
 
     def results(self) -> list[dict]:

@@ -127,7 +127,7 @@ class Settings:
     train_size: int = 0  # training samples, drawn evenly from the classes; 0 takes all
     val_fraction: float = 0.2  # share of a single folder of classes that is kept for validation
     image_size: int | None = None  # pixels, side of what the model sees; the device decides
-    workers: int | None = None  # threads that read and decode; one a core if None
+    workers: int | None = None  # threads that read and decode; one a core, at most 8, if None
     model: str | None = None  # any classifier of torchvision, such as resnet50; the device decides
     weights: str = "imagenet"  # imagenet, none, or a FILE with a state dict; what does not fit is new
     epochs: int | None = None  # passes over the candidates; the device decides
@@ -148,7 +148,9 @@ class Settings:
     profile: str = "accuracy"  # accuracy or efficiency: settings that go together, shown when a run starts
     target_activation: float = 0.4  # a*, fraction of the candidates trained on, in (0, 1]
     gate: str = "remembered"  # remembered, live, random, rs2 or full
-    compare: str = "full,random,short"  # run beside the gate, also rs2; short: full at its cost; or none
+    compare: str = (
+        "full,random,short"  # run beside it, also rs2; short: full, cut to as many samples; or none
+    )
     warmup_epochs: int | None = None  # whole epochs on everything at the start; max(1, 8 %) if None
     ramp_epochs: int | None = None  # whole epochs from everything down to the target; 20 % if None
     anneal_epochs: int | None = None  # whole epochs on everything at the end; 12.5 % if None
@@ -193,15 +195,15 @@ settings = Settings()
 # profile = "accuracy"  # @param ["accuracy", "efficiency"]
 # gate = "remembered"  # @param ["remembered", "live", "random"]
 # epochs = 0  # @param {"type": "integer"}
-# settings = Settings(data=data, weights=weights, image_size=image_size or None, profile=profile, gate=gate)
-# settings.epochs = epochs or None
+# settings = replace(settings, data=data, weights=weights, image_size=image_size or None, profile=profile)
+# settings = replace(settings, gate=gate, epochs=epochs or None)
 
 # %% Why photographs stay on the disk [markdown]
 # ## The data
 #
-# A hundred classes of ImageNet are 130,000 photographs, 17 GB as JPEGs and some 75 GB as pixels: they stay on
-# the disk, and each is decoded when it is trained on. That costs more than anything else a small GPU waits
-# for, and it is where skipping pays first: *a photograph that the gate skips is never read.*
+# A hundred classes of ImageNet are some 130,000 photographs, more than memory holds as pixels: they stay on
+# the disk, and each is decoded when it is trained on. Decoding is what a small machine waits for most, and
+# where skipping pays first: *a photograph that the gate skips is never read.*
 #
 # Who wants more speed packs them once, shrunk, into one array (`python -m data_setup`); both forms train.
 
@@ -303,11 +305,12 @@ def find_splits(look: Look, prefix: str) -> dict[str, list[str]]:
         split: [
             join(prefix, name)
             for name in look(prefix)[0]
-            if re.fullmatch(rf"{split}(\.X.*)?", name) and look(join(prefix, name))[0]
+            if re.fullmatch(rf"({split})(\.X.*)?", name, re.IGNORECASE) and look(join(prefix, name))[0]
         ]
-        for split in ("train", "val", "test")
+        for split in ("train|training", "val|valid|validation", "test|testing")
     }
-    splits = {"train": parts["train"], "val": parts["val"] or parts["test"]}
+    train, val, test = parts.values()
+    splits = {"train": train, "val": val or test}
     return splits if all(splits.values()) else {}
 
 
@@ -343,9 +346,15 @@ def list_images(path: Path, val_fraction: float = 0.2) -> Listing:
                 f"{path}: class {', '.join(odd[:5])} in only one of train and val; add or remove folders"
             )
     else:
-        prefix = next((prefix for prefix in prefixes if holds_classes(look, prefix)), None)
-        if prefix is None:
-            raise BadInput(unknown_form(path, look))
+        holding = [prefix for prefix in prefixes if holds_classes(look, prefix)]
+        if not holding:
+            raise BadInput(unknown_form(path))
+        prefix = holding[0]
+        if prefix and len(holding) > 1:
+            raise BadInput(
+                f"{path}: class folders in {', '.join(holding[:5])}, expected train/ with val/ or test/, or "
+                "one of them alone; rename them, or name the one to use"
+            )
         folders = {"train": gather(look, [prefix])}
     keys = sorted(folders["train"])
     if len(keys) < 2:
@@ -396,15 +405,8 @@ def divide(path: Path, images: dict[str, list[str]], val_fraction: float) -> dic
     return splits
 
 
-def unknown_form(path: Path, look: Look) -> str:
+def unknown_form(path: Path) -> str:
     """The sentence that refuses a path without class folders."""
-    arrays = {f"{name}.npy" for name in PACKED}
-    packed = [name for folder in ("", *look("")[0]) for name in look(folder)[1] if name in arrays]
-    if path.is_file() and packed:
-        return (
-            f"{path}: {packed[0]} lies inside a .zip, expected it in a folder, since arrays are mapped from "
-            f"the disk; unpack the .zip and name the folder"
-        )
     return (
         f"{path}: no known form of data, expected train/<class>/ with val/<class>/ or test/<class>/, "
         f"Kaggle's train.X1 and so on with val.X, one folder for each of two or more classes, a .zip of any, "
@@ -556,7 +558,8 @@ def orientation(exif: bytes) -> int:
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     if order and len(tiff) >= 10:
         (start,) = struct.unpack_from(order + "I", tiff, 4)
-        for at in range(start + 2, len(tiff) - 11, 12):
+        count = int.from_bytes(tiff[start : start + 2], "little" if order == "<" else "big")
+        for at in range(start + 2, min(start + 2 + 12 * count, len(tiff) - 11), 12):
             tag, _, _, value = struct.unpack_from(order + "HHIH", tiff, at)
             if tag == 0x112:
                 return value if 1 <= value <= 8 else 1
@@ -577,7 +580,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
 #
 # Where the crop is at least twice as large as wanted, a JPEG is decoded at a half, a quarter or an eighth of
 # its size. The rows below the crop are not decoded at all: the file's head is told that the picture ends
-# there. And only the crop is resized, by the vector code that torch has for bytes.
+# there. And only the crop is resized; where it was not reduced, by the vector code that torch has for bytes.
 
 
 # %% A JPEG's head
@@ -622,10 +625,8 @@ def begin_jpeg(raw: bytes, head: tuple[int, int], side: int, part: Box) -> tuple
 # %% Decode a crop
 def resized(pixels: np.ndarray, side: int) -> np.ndarray:
     """Resize uint8 [h, w, 3] to [side, side, 3], bilinear, antialiased, on this thread alone."""
-    batch = torch.from_numpy(np.array(pixels)).unsqueeze(0)
-    batch = batch.permute(
-        0, 3, 1, 2
-    )  # after unsqueeze, or torch sees no channels_last and takes twice as long
+    batch = torch.from_numpy(np.array(pixels)).unsqueeze(0)  # first this, or torch misses the layout below
+    batch = batch.permute(0, 3, 1, 2)  # channels last, which it resizes twice as fast
     batch = F.interpolate(batch, (side, side), mode="bilinear", antialias=True)
     return batch.permute(0, 2, 3, 1)[0].numpy()
 
@@ -775,12 +776,9 @@ class CropSource:
     @property
     def remedy(self) -> str:
         """What to do where training waits for data."""
-        if isinstance(self.images, Photos):
-            return (
-                f"raise --workers (now {self.workers}) up to the number of cores, or pack the images once "
-                "with python -m data_setup"
-            )
-        return f"raise --workers (now {self.workers}) up to the number of cores, or use a faster disk"
+        more = f"raise --workers, now {self.workers}, or " if self.workers < (os.cpu_count() or 1) else ""
+        packing = "pack the images once with python -m data_setup"
+        return more + (packing if isinstance(self.images, Photos) else "use a faster disk")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -889,16 +887,31 @@ class CropSource:
 #
 # Four `.npy` files and the names of the classes. They are mapped, not read: the operating system loads the
 # pages that are touched, so a set larger than memory opens at once, and a skipped picture is never loaded.
+# Out of a `.zip` they must be read whole.
 
 
 # %% Map packed arrays
-def read_packed(path: Path, size: int) -> ImageData:
-    """Map packed arrays in a folder. Raises BadInput where one is missing, damaged, or of the wrong shape."""
+LARGEST_UNZIPPED = 4 << 30  # bytes of an array that is read whole
+
+
+def packed_array(folder: Path | zipfile.Path, name: str) -> np.ndarray:
+    """An array of packed data, mapped from a folder, or read out of a .zip. Raises one of DAMAGE."""
+    file = folder / f"{name}.npy"
+    if isinstance(folder, Path):
+        return np.lib.format.open_memmap(file, mode="r")  # unlike np.load it never takes pickled objects
+    with file.open("rb") as stream:
+        size = file.root.getinfo(file.at).file_size
+        if size > LARGEST_UNZIPPED:
+            raise ValueError(f"{size} bytes inside a .zip, where they cannot be mapped: unpack it first")
+        return np.lib.format.read_array(stream, allow_pickle=False)
+
+
+def read_packed(path: Path | zipfile.Path, size: int) -> ImageData:
+    """Open packed arrays. Raises BadInput where one is missing, damaged, or of the wrong shape."""
     arrays = {}
     for name in PACKED:
         try:
-            # Unlike np.load, it refuses pickled objects in any setting.
-            arrays[name] = np.lib.format.open_memmap(path / f"{name}.npy", mode="r")
+            arrays[name] = packed_array(path, name)
         except DAMAGE as error:
             raise BadInput(
                 f"{path / name}.npy: expected a whole array ({one_line(error)}); pack it again"
@@ -922,29 +935,31 @@ def read_packed(path: Path, size: int) -> ImageData:
     rows = balanced_subset(arrays["train_labels"], size, len(classes))
     subset = Rows(arrays["train_images"], rows) if size else arrays["train_images"]
     arrays |= {"train_images": subset, "train_labels": arrays["train_labels"][rows]}
-    return ImageData(path.stem, False, classes, **arrays, source=str(path))
+    return ImageData(Path(str(path)).stem, False, classes, **arrays, source=str(path))
 
 
 # %% Read a path
 IMAGENET_KEY = re.compile(r"n\d{8}")  # how ImageNet names its classes
 
 
-def is_packed(path: Path) -> bool:
+def is_packed(path: Path | zipfile.Path) -> bool:
     return any((path / f"{name}.npy").is_file() for name in PACKED)
 
 
 def read_path(path: Path, settings: "Settings") -> ImageData:
     """Read the data at `path`, in any form, or in a folder of it. Raises BadInput if there is none."""
+    zipped = path.is_file() and path.suffix.lower() == ".zip"
     try:
-        inner = sorted(entry for entry in path.iterdir() if entry.is_dir()) if path.is_dir() else []
-        packed = next(filter(is_packed, (path, *inner)), None)
-    except OSError as error:
+        root = zipfile.Path(path) if zipped else path
+        inner = [entry for entry in root.iterdir() if entry.is_dir()] if root.is_dir() else []
+        packed = next(filter(is_packed, (root, *sorted(inner, key=str))), None)
+    except DAMAGE as error:
         raise BadInput(
-            f"--data {path}: cannot be read ({one_line(error)}); check path and permissions"
+            f"--data {path}: cannot be read ({one_line(error)}); check path, permissions and file"
         ) from error
     if packed:
         return read_packed(packed, settings.train_size)
-    if not path.is_dir() and not (path.is_file() and path.suffix.lower() == ".zip"):
+    if not path.is_dir() and not zipped:
         found = "no folder and no .zip" if path.exists() else "no such path"
         raise BadInput(
             f"--data {path}: {found}, expected auto, imagenet100, shapes, or the path of a folder or "
@@ -970,10 +985,11 @@ def read_path(path: Path, settings: "Settings") -> ImageData:
 
 # %% Find ImageNet-100
 def holds_imagenet(path: Path) -> Path | None:
-    """`path` where class folders named as ImageNet's lie in it, or packed arrays of 100 classes; else None."""
+    """`path` where a hundred classes named as ImageNet's lie, or packed arrays of a hundred; else None."""
     if is_packed(path):
         return path if len(class_names(path / "classes.json")) == 100 else None
-    return path if any(map(IMAGENET_KEY.fullmatch, classes_in(path))) else None
+    keys = set(classes_in(path))
+    return path if len(keys) == 100 and all(map(IMAGENET_KEY.fullmatch, keys)) else None
 
 
 def holds_data(path: Path) -> Path | None:
@@ -1049,7 +1065,7 @@ def find_weights(settings: Settings, say: Callable[[str], None]) -> Path | None:
     def in_folder(folder: Path) -> Path | None:
         return next((folder / name for name in names if (folder / name).is_file()), None)
 
-    if found := in_folder(cache) or search(own, in_folder, ".zip") or search(KAGGLE_INPUT, in_folder, ".zip"):
+    if found := in_folder(cache) or search(own, in_folder) or search(KAGGLE_INPUT, in_folder):
         return found
     say(f"downloading {versions[0]} to {cache}")
     try:
@@ -1076,11 +1092,10 @@ def published_weights(model: str) -> list[str]:
 
 
 # %% Read the weights
-@functools.lru_cache(maxsize=1)
 def read_weights(path: Path) -> dict[str, Tensor]:
     """A state dict from a file, runs no code from it. Raises BadInput where it holds none."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (*DAMAGE, pickle.UnpicklingError, AttributeError, LookupError, TypeError) as error:
         raise BadInput(
             f"--weights {path}: expected a state dict saved by torch ({one_line(error)}); save "
@@ -1090,16 +1105,22 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise BadInput(f"--weights {path}: expected a state dict, found {type(state).__name__}; save one")
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    # DenseNets are published with names that torchvision no longer uses: norm.1 for norm1.
+    old = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
+    return {old.sub(r"\1\2", name.removeprefix("module.")): value for name, value in state.items()}
 
 
 def fit(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """The part of `state` that fits the model, and the names in the model that it leaves out."""
     own = model.state_dict()
-    if isinstance(model, torchvision.models.VisionTransformer):  # its positions belong to one size of image
-        place = model.image_size, model.patch_size
-        state = torchvision.models.vision_transformer.interpolate_embeddings(*place, OrderedDict(state))
-    fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
+    if isinstance(model, torchvision.models.VisionTransformer) and "encoder.pos_embedding" in state:
+        place = model.image_size, model.patch_size  # positions belong to one size of image
+        with contextlib.suppress(ValueError):  # of no square grid: left as they are, so told to be new
+            state = torchvision.models.vision_transformer.interpolate_embeddings(*place, OrderedDict(state))
+    fitting = OrderedDict(
+        (name, v) for name, v in state.items() if name in own and v.shape == own[name].shape
+    )
+    fitting._metadata = own._metadata  # MNASNet asks for its version
     return fitting, [name for name in own if name not in fitting and not name.endswith("num_batches_tracked")]
 
 
@@ -1115,6 +1136,7 @@ def bare_model(settings: Settings, classes: int) -> nn.Module:
     name, side = settings.model, settings.image_size
     published_weights(name)
     options = {"aux_logits": False, "init_weights": True} if name in NO_AUXILIARY else {}
+    options |= {"transform_input": settings.weights != "none"} if name in NO_AUXILIARY else {}
     options |= {"image_size": side} if name.startswith("vit_") else {}
     try:
         model = torchvision.models.get_model(name, num_classes=classes, **options)
@@ -1154,8 +1176,15 @@ def load_data(settings: Settings, say: Callable[[str], None]) -> ImageData:
 
     Raises BadInput, in one sentence.
     """
-    data = read_data(settings, say)
     path = find_weights(settings, say)
+    for flag_name, used in (("--data", settings.data), ("--weights", path)):
+        inside = used and Path(settings.out).resolve() in Path(used).expanduser().resolve().parents
+        if inside and not settings.resume:
+            raise BadInput(
+                f"{flag_name} {used}: lies in --out {settings.out}, expected a place that a run does not "
+                "rename; copy it, or choose another --out"
+            )
+    data = read_data(settings, say)
     if path is None:
         say(f"weights: none, {settings.model} starts at random")
     else:
@@ -1176,15 +1205,24 @@ def load_data(settings: Settings, say: Callable[[str], None]) -> ImageData:
 # %% Blocks that compute twice
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The children of a model's sequences, such as the residual blocks of each stage of a ResNet."""
-    stages = [child for child in model.children() if isinstance(child, nn.Sequential)]
-    if len(stages) == 1 and len(stages[0]) > 1 and isinstance(stages[0][1], nn.Sequential):
-        stages = [stage for stage in stages[0] if isinstance(stage, nn.Sequential)]
+    parts = [p for c in model.children() for p in ([c] if isinstance(c, nn.Sequential) else c.children())]
+    stages = [part for part in parts if isinstance(part, nn.Sequential)]
     return [block for stage in stages for block in stage if any(True for _ in block.parameters())]
 
 
 def recompute(model: nn.Module) -> None:
-    """Makes each block of a model keep its input only, and compute the rest again in the backward pass."""
-    for block in blocks_of(model):
+    """Makes each block of a model keep its input only, and compute the rest again in the backward pass.
+
+    Raises BadInput for a model that is not made of such blocks.
+    """
+    blocks = blocks_of(model)
+    held = sum(weight.numel() for block in blocks for weight in block.parameters())
+    if held < 0.5 * sum(weight.numel() for weight in model.parameters()):
+        raise BadInput(
+            f"--grad-checkpoint: expected a network of sequences of blocks, such as resnet50, not "
+            f"{type(model).__name__}; leave it out"
+        )
+    for block in blocks:
         contexts = functools.partial(second_pass, block)
         block.forward = functools.partial(
             torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False, context_fn=contexts
@@ -1216,6 +1254,8 @@ def compile_model(settings: Settings, model: nn.Module) -> None:
         reason = f"Triton has no code for {torch.cuda.get_device_name(device)}"
     elif device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
         reason = "there is no C++ compiler"
+    elif settings.grad_checkpoint:
+        reason = "--grad-checkpoint does what it cannot follow"
     elif not torch._dynamo.is_dynamo_supported():
         reason = f"torch {torch.__version__} does not compile under Python {platform.python_version()}"
     if reason:
@@ -1285,7 +1325,7 @@ def erase_rectangle(views: Tensor, drawn: Tensor, share: float) -> Tensor:
     rows = (torch.arange(height, device=views.device)[:, None] + 0.5) / height - top * (1 - tall)
     columns = (torch.arange(width, device=views.device) + 0.5) / width - left * (1 - broad)
     inside = (rows >= 0) & (rows < tall) & (columns >= 0) & (columns < broad) & (chance < share)
-    return views.masked_fill(inside, 0.0)
+    return views.masked_fill_(inside, 0.0)  # a copy would lose channels last
 
 
 # %% The recipe
@@ -1312,7 +1352,7 @@ def recipe(settings: Settings, model: nn.Module) -> tuple[torch.optim.Optimizer,
     pretrained = settings.weights != "none"
     peak = {(True, True): 0.02, (True, False): 0.1, (False, True): 1e-4, (False, False): 1e-3}
     rate = settings.lr or peak[convolutional, pretrained] * (settings.batch_size / 128) ** 0.5
-    head = set(map(id, head_of(model).parameters()))
+    head = set(map(id, head_of(model)[1].parameters()))
     groups = []
     for new in (False, True):
         for decayed in (True, False):
@@ -1327,9 +1367,9 @@ def recipe(settings: Settings, model: nn.Module) -> tuple[torch.optim.Optimizer,
     return optimizer, nn.CrossEntropyLoss(reduction="none", label_smoothing=settings.label_smoothing)
 
 
-def head_of(model: nn.Module) -> nn.Module:
-    """The last layer of a classifier: the one that makes its logits."""
-    return [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
+def head_of(model: nn.Module) -> tuple[str, nn.Module]:
+    """Name and module of a classifier's last layer, the one that makes its logits."""
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
 
 
 # %% What a skeptic asks [markdown]
@@ -1342,7 +1382,12 @@ def head_of(model: nn.Module) -> nn.Module:
 
 
 # %% References
-def untrained(settings: Settings, data: ImageData, say: Callable[[str], None]) -> dict[str, object]:
+AMBIGUOUS = {"crane", "maillot"}  # ImageNet has two classes of each of these names
+
+
+def untrained(
+    settings: Settings, data: ImageData, say: Callable[[str], None], stopping: Callable[[], bool]
+) -> dict[str, object]:
     """Accuracy of the weights before any training, percent, on the classes that they know, and what to say.
 
     None, and nothing to say, without pretrained weights or with `--no-probe`.
@@ -1351,21 +1396,25 @@ def untrained(settings: Settings, data: ImageData, say: Callable[[str], None]) -
     if path is None:
         return {"accuracy": None, "words": ""}
     state = read_weights(path)
-    model = bare_model(settings, outputs := len(state[list(state)[-1]]))
+    last = state.get(head_of(bare_model(settings, 2))[0] + ".weight")
+    if last is None:
+        return {"accuracy": None, "words": f"{path} holds no last layer"}
+    model = bare_model(settings, outputs := len(last))
     model.load_state_dict(fit(model, state)[0], strict=False)
     names = published_classes(settings.model) if outputs == 1000 else data.classes
-    known = {name: column for column, name in enumerate(names)}
+    known = {name: column for column, name in enumerate(names) if name not in AMBIGUOUS}
     pairs = [(label, known[name]) for label, name in enumerate(data.classes) if name in known]
     if outputs not in (1000, len(data.classes)) or len(pairs) < 2:
-        return {"accuracy": None, "words": f"the {outputs} classes of the weights are not those of the data"}
+        words = f"not measured, the weights' {outputs} classes having other names than the data's"
+        return {"accuracy": None, "words": words}
     labels, columns = (torch.tensor(part, device=settings.device) for part in zip(*pairs, strict=True))
     right = asked = 0
-    for logits, truth in passes(settings, model, data, training=False):
+    for logits, truth in passes(settings, model, data, stopping):
         mine = torch.isin(truth, labels)
         right += int((labels[logits[mine][:, columns].argmax(1)] == truth[mine]).sum())
         asked += int(mine.sum())
     accuracy = 100 * right / max(1, asked)
-    words = f"{accuracy:.2f} % before any training, on {len(pairs)} of {len(data.classes)} classes"
+    words = f"{accuracy:.2f} % before any training, on {len(pairs)} of {len(data.classes)} classes, by name"
     return {"accuracy": accuracy, "classes": len(pairs), "words": words}
 
 
@@ -1376,9 +1425,13 @@ def published_classes(model: str) -> list[str]:
 
 @torch.no_grad()
 def passes(
-    settings: Settings, model: nn.Module, data: ImageData, training: bool
+    settings: Settings,
+    model: nn.Module,
+    data: ImageData,
+    stopping: Callable[[], bool],
+    training: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Outputs and labels of a frozen model for all plain views of a split, batch by batch."""
+    """Outputs and labels of a frozen model for the plain views of a split, batch by batch."""
     device = torch.device(settings.device)
     dtype = pick_dtype(settings.amp, device)
     if training:
@@ -1387,25 +1440,30 @@ def passes(
             images = Photos(images.files, images.names)
         data = replace(data, val_images=images, val_labels=data.train_labels)
     model = model.to(device, memory_format=torch.channels_last).eval()
-    for images, labels in sources(settings, data, device)[1].in_order():
+    few = replace(settings, batch_size=min(64, settings.batch_size))
+    for images, labels in sources(few, data, device)[1].in_order():
+        if stopping():
+            return
         with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-            yield model(images).float(), labels
+            outputs = model(images).float()
+        yield outputs, labels  # outside, or whoever asked would compute in half precision too
 
 
-def linear_probe(settings: Settings, data: ImageData, say: Callable[[str], None]) -> dict[str, object]:
+def linear_probe(
+    settings: Settings, data: ImageData, say: Callable[[str], None], stopping: Callable[[], bool]
+) -> dict[str, object]:
     """Accuracy of a new last layer on frozen weights, percent, and its seconds; None where `untrained` is."""
     if settings.weights == "none" or not settings.probe:
         return {"accuracy": None, "words": ""}
     say("linear probe: features of all images, once")
     began = time.perf_counter()
     model = build_model(replace(settings, compile=False, grad_checkpoint=False), len(data.classes))
-    head = head_of(model)
-    for name, module in list(model.named_modules()):
-        if module is head:
-            model.set_submodule(name, nn.Identity())
+    model.set_submodule(head_of(model)[0], nn.Identity())
     splits = []
     for training in (True, False):
-        parts = list(passes(settings, model, data, training))
+        parts = list(passes(settings, model, data, stopping, training))
+        if stopping():
+            return {}
         splits.append([torch.cat(part) for part in zip(*parts, strict=True)])
     (features, labels), (val_features, val_labels) = splits
     mean, spread = features.mean(0), features.std(0) + 1e-6
@@ -1418,7 +1476,6 @@ def linear_probe(settings: Settings, data: ImageData, say: Callable[[str], None]
     return {"accuracy": accuracy, "seconds": seconds, "words": words}
 
 
-@torch.enable_grad()
 def fit_last_layer(features: Tensor, labels: Tensor, classes: int, epochs: int = 30) -> nn.Linear:
     """Logistic regression on features [N, d] by AdamW; the same layer every time."""
     generator = torch.Generator().manual_seed(0)
@@ -4298,7 +4355,7 @@ def let_device_decide(settings: object) -> tuple[object, dict[str, str]]:
 # "Saved" is against the full run beside it, or else labelled as the unit model's word.
 
 # %% The whole run tags=["shared"]
-FREE_ON_RESUME = {"out", "resume", "time_limit", "checkpoint_seconds"}
+FREE_ON_RESUME = {"out", "resume", "time_limit", "checkpoint_seconds", "workers"}
 OUTPUTS = (
     "config.json metrics.jsonl events.jsonl summary.json curves.png model.pt samples.npz skipped_images.txt "
     "checkpoints"
@@ -5723,7 +5780,7 @@ def show_chosen(summary: dict, ready: Ready, shown: int = 10) -> None:
 # %% What significance looks like [markdown]
 # ### What significance looks like
 #
-# A few seconds of training are enough to tell apart what is learned at once and what is not. See in it that
+# A little training is enough to tell apart what is learned at once and what is not. See in it that
 # low scores look like a textbook, and that the highest are odd, hidden, or labelled wrongly: a high loss
 # alone does not say whether a sample teaches something.
 

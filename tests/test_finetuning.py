@@ -1,14 +1,23 @@
 """The ImageNet-100 program's own cells: weights, models, views, recipe, references, profiles."""
 
 import copy
+import itertools
 import json
+import re
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import ROOT
+from PIL import Image
 from torch import nn
+
+REAL_IMAGENET = ROOT.parent / "shared" / "data" / "imagenet100-mini.zip"
 
 
 def settled(program, **values):
@@ -27,9 +36,6 @@ def empty_cache(imagenet, tmp_path, monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    imagenet.read_weights.cache_clear()
-    yield
-    imagenet.read_weights.cache_clear()
 
 
 @pytest.fixture
@@ -95,6 +101,46 @@ def test_a_file_gives_all_but_the_head_and_says_what_is_new(imagenet, published,
     assert model.fc.weight.shape == (10, 512)
 
 
+def test_weights_of_the_old_file_format_are_read(imagenet, tmp_path):
+    """Those that torchvision published before 2020, AlexNet's and VGG's among them."""
+    state = torchvision.models.resnet18(num_classes=10).state_dict()
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    model = imagenet.build_model(settled(imagenet, weights=str(tmp_path / "old.pth")), 10)
+    assert torch.equal(model.conv1.weight, state["conv1.weight"])
+
+
+def test_a_densenets_published_names_are_understood(imagenet, tmp_path):
+    """They are from before torchvision renamed the layers: norm.1 where the model says norm1."""
+    state = torchvision.models.densenet121(num_classes=10).state_dict()
+    old = {re.sub(r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2", name): v for name, v in state.items()}
+    assert old.keys() != state.keys()
+    torch.save(old, tmp_path / "old.pth")
+    model = imagenet.build_model(
+        settled(imagenet, model="densenet121", weights=str(tmp_path / "old.pth")), 10
+    )
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_a_state_dict_without_a_version_loads_into_mnasnet(imagenet, tmp_path):
+    state = dict(torchvision.models.mnasnet0_5(num_classes=10).state_dict())
+    torch.save(state, tmp_path / "mnasnet.pth")
+    settings = settled(imagenet, model="mnasnet0_5", weights=str(tmp_path / "mnasnet.pth"))
+    model = imagenet.build_model(settings, 10)
+    assert torch.equal(model.layers[0].weight, state["layers.0.weight"])
+
+
+def test_weights_that_a_run_would_move_away_are_refused(imagenet, tmp_path):
+    (tmp_path / "out").mkdir()
+    path = tmp_path / "out" / "model.pt"
+    torch.save(torchvision.models.resnet18(num_classes=10).state_dict(), path)
+    settings = settled(imagenet, weights=str(path), out=str(tmp_path / "out"), train_size=20)
+    with pytest.raises(imagenet.BadInput, match=r"--weights .*lies in --out"):
+        imagenet.load_data(settings, print)
+    assert imagenet.load_data(replace(settings, resume=True), lambda line: None)
+    with pytest.raises(imagenet.BadInput, match=r"--data .*lies in --out"):
+        imagenet.load_data(replace(settings, data=str(tmp_path / "out" / "images"), weights="none"), print)
+
+
 def test_a_head_that_fits_is_kept(imagenet, tmp_path):
     torch.manual_seed(1)
     trained = torchvision.models.resnet18(num_classes=10)
@@ -120,6 +166,7 @@ BAD_WEIGHTS = {
     "empty": lambda path: path.write_bytes(b""),
     "code": pickled_code,
     "another model": other_model,
+    "a network for a vision transformer": other_model,
     "a list": lambda path: torch.save([1, 2], path),
     "no tensors": lambda path: torch.save({"epoch": 3}, path),
     "truncated": lambda path: (
@@ -133,8 +180,9 @@ BAD_WEIGHTS = {
 def test_bad_weights_are_refused_in_one_sentence(imagenet, tmp_path, kind, capfd):
     path = tmp_path / "bad.pt"
     BAD_WEIGHTS[kind](path)
+    model, side = ("vit_b_16", 224) if "transformer" in kind else ("resnet18", 32)
     with pytest.raises(imagenet.BadInput) as error:
-        imagenet.build_model(settled(imagenet, weights=str(path)), 10)
+        imagenet.build_model(settled(imagenet, weights=str(path), model=model, image_size=side), 10)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
     assert "code of the file ran" not in capfd.readouterr().out
@@ -169,7 +217,7 @@ def test_every_family_trains_a_step_with_its_head_replaced(imagenet, name):
     losses = criterion(model(images), labels)
     assert losses.shape == (4,)
     losses.mean().backward()
-    head = imagenet.head_of(model)
+    _, head = imagenet.head_of(model)
     assert head.weight.shape[0] == 7
     assert head.weight.grad.abs().sum() > 0
 
@@ -211,6 +259,21 @@ def test_grad_checkpoint_changes_memory_and_no_result(imagenet, name):
         if ours.is_floating_point():
             assert torch.allclose(ours, theirs, atol=1e-6), "batch norm counts the batch once"
     assert list(frugal.state_dict()) == list(plain.state_dict())
+
+
+@pytest.mark.parametrize("name, side", [("inception_v3", 96), ("alexnet", 64)])
+def test_grad_checkpoint_is_refused_where_there_are_no_blocks(imagenet, name, side):
+    settings = settled(imagenet, model=name, image_size=side, grad_checkpoint=True)
+    if name == "alexnet":  # one sequence of layers is as good as blocks
+        assert imagenet.build_model(settings, 5)
+        return
+    with pytest.raises(imagenet.BadInput, match=r"--grad-checkpoint: expected a network of sequences"):
+        imagenet.build_model(settings, 5)
+
+
+def test_grad_checkpoint_and_compile_exclude_each_other(imagenet):
+    with pytest.raises(imagenet.BadInput, match=r"--compile.*--grad-checkpoint"):
+        imagenet.build_model(settled(imagenet, grad_checkpoint=True, compile=True), 5)
 
 
 def test_a_copy_of_a_recomputing_model_is_its_own(imagenet):
@@ -296,6 +359,7 @@ def test_erasing_hits_its_share_with_rectangles_of_2_to_33_percent(imagenet, gen
     assert shares.max() < 0.4
     rows, columns = erased[hit].any(2).sum(1), erased[hit].any(1).sum(1)
     assert torch.equal(rows * columns, erased[hit].flatten(1).sum(1)), "rectangles"
+    assert views.is_contiguous(memory_format=torch.channels_last)
     assert not (imagenet.augment(white[:50], generator, jitter=0.0, erase=0.0) == 0).any()
 
 
@@ -340,6 +404,11 @@ def test_bad_values_are_refused_in_one_sentence(imagenet, flags):
 # --- references ---
 
 
+def never():
+    """Nobody asks to stop."""
+    return False
+
+
 def photographs(program, n=40, classes=4, seed=0):
     """Four classes that differ by colour, easy enough for random features."""
     rng = np.random.default_rng(seed)
@@ -361,32 +430,40 @@ def test_untrained_weights_are_measured_on_the_classes_they_know(imagenet, tmp_p
     torch.save(model.state_dict(), tmp_path / "resnet18.pth")
     data = replace(photographs(imagenet), classes=["goldfish", "tench", "no such animal", "tabby"])
     settings = settled(imagenet, weights=str(tmp_path / "resnet18.pth"))
-    found = imagenet.untrained(settings, data, print)
+    found = imagenet.untrained(settings, data, print, never)
     assert found["classes"] == 3
     assert found["accuracy"] == pytest.approx(100 / 3)
     assert "3 of 4 classes" in found["words"]
 
 
 def test_weights_of_other_classes_are_called_so(imagenet, tmp_path, published):
-    found = imagenet.untrained(settled(imagenet, weights=str(published)), photographs(imagenet), print)
+    found = imagenet.untrained(settled(imagenet, weights=str(published)), photographs(imagenet), print, never)
     assert found["accuracy"] is None
-    assert "not those of the data" in found["words"]
+    assert "other names" in found["words"]
 
 
 def test_a_linear_probe_learns_on_frozen_weights(imagenet, published):
     settings = settled(imagenet, weights=str(published))
-    found = imagenet.linear_probe(settings, photographs(imagenet), lambda line: None)
+    found = imagenet.linear_probe(settings, photographs(imagenet), print, never)
     assert found["accuracy"] > 90
     assert found["seconds"] > 0
-    again = imagenet.linear_probe(settings, photographs(imagenet), lambda line: None)
+    again = imagenet.linear_probe(settings, photographs(imagenet), print, never)
     assert again["accuracy"] == found["accuracy"]
+
+
+def test_a_stop_ends_a_probe_between_batches(imagenet, published):
+    asked = itertools.count()
+    settings = settled(imagenet, weights=str(published))
+    stopped = imagenet.linear_probe(settings, photographs(imagenet), print, lambda: next(asked) >= 2)
+    assert stopped == {}
+    assert next(asked) < 6
 
 
 @pytest.mark.parametrize("off", [{"weights": "none"}, {"probe": False}])
 def test_references_are_left_out_where_nothing_is_pretrained_or_asked(imagenet, published, off):
     settings = settled(imagenet, **{"weights": str(published), **off})
     for reference in (imagenet.untrained, imagenet.linear_probe):
-        found = reference(settings, photographs(imagenet), print)
+        found = reference(settings, photographs(imagenet), print, never)
         assert found == {"accuracy": None, "words": ""}
 
 
@@ -394,16 +471,22 @@ def test_references_are_left_out_where_nothing_is_pretrained_or_asked(imagenet, 
 
 
 @pytest.fixture(scope="module")
-def finished(imagenet, tmp_path_factory):
-    """A small run of every policy from `published` weights on coloured squares, one of them unreadable."""
-    from PIL import Image
-
-    folder = tmp_path_factory.mktemp("run")
+def colours(imagenet, tmp_path_factory):
+    """A folder of four classes of small photographs."""
+    folder = tmp_path_factory.mktemp("colours") / "images"
     data = photographs(imagenet, n=160)
     for index, (picture, label) in enumerate(zip(data.train_images, data.train_labels, strict=True)):
-        path = folder / "images" / data.classes[label] / f"{index:03d}.png"
+        path = folder / data.classes[label] / f"{index:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(imagenet, colours, tmp_path_factory):
+    """A small run of every policy from `published` weights on coloured squares, one of them unreadable."""
+    folder = tmp_path_factory.mktemp("run")
+    shutil.copytree(colours, folder / "images")
     (folder / "images" / "red" / "000.png").write_bytes(b"")
     torch.manual_seed(5)
     torch.save(torchvision.models.resnet18().state_dict(), folder / "resnet18.pth")
@@ -413,7 +496,6 @@ def finished(imagenet, tmp_path_factory):
         epochs=8, batch_size=16, out=str(folder / "out"), target_activation=0.3, head_epochs=1, ema=0.5,
         data_dir=str(folder), device="cpu",
     )  # fmt: skip
-    imagenet.read_weights.cache_clear()
     summary = imagenet.run(settings, say=lines.append)
     return summary, lines, folder
 
@@ -448,8 +530,6 @@ def test_an_unreadable_image_is_skipped_counted_and_listed(finished):
 
 
 def test_a_resumed_run_computes_a_lost_reference_again(finished, imagenet, tmp_path):
-    import shutil
-
     _, _, folder = finished
     shutil.copytree(folder / "out", tmp_path / "out")
     checkpoints = sorted((tmp_path / "out" / "checkpoints").glob("*.ckpt"))
@@ -461,6 +541,80 @@ def test_a_resumed_run_computes_a_lost_reference_again(finished, imagenet, tmp_p
     assert again["complete"]
     assert again["references"]["linear probe"]["accuracy"] == whole["references"]["linear probe"]["accuracy"]
     assert again["policies"]["ast"]["accuracy_per_seed"] == whole["policies"]["ast"]["accuracy_per_seed"]
+
+
+@pytest.mark.parametrize("gate", ["remembered", "live"])
+def test_stopped_in_mid_epoch_and_resumed_ends_with_the_same_bits(imagenet, colours, tmp_path, gate):
+    """Crops come from threads that work ahead; what was decoded and not trained on must come again."""
+
+    def run(out, controls=None, listeners=(), **values):
+        settings = imagenet.Settings(
+            data=str(colours), weights="none", model="squeezenet1_1", image_size=32, epochs=5, batch_size=8,
+            compare="none", out=str(tmp_path / out), gate=gate, ema=0.9, device="cpu", data_dir=str(tmp_path),
+            **values,
+        )  # fmt: skip
+        return imagenet.run(settings, listeners=listeners, controls=controls, say=lambda line: None)
+
+    whole = run("whole")
+    controls, chunks = imagenet.Controls(), itertools.count()
+
+    def stop(event, data):
+        if event == "chunk" and next(chunks) == 25:
+            controls.ask_stop("a test")
+
+    assert not run("stopped", controls, [stop])["complete"]
+    resumed = run("stopped", resume=True, workers=1)
+    assert resumed["complete"]
+    ours, theirs = (
+        torch.load(tmp_path / out / "model.pt", weights_only=True) for out in ("stopped", "whole")
+    )
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert resumed["policies"]["ast"]["accuracy_per_seed"] == whole["policies"]["ast"]["accuracy_per_seed"]
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """Runs the program as a user would: copied alone into an empty folder, isolated from all else."""
+    (tmp_path / "imagenet100_ast.py").write_bytes((ROOT / "standalone" / "imagenet100_ast.py").read_bytes())
+
+    def call(*flags):
+        command = [sys.executable, "-I", "imagenet100_ast.py", *map(str, flags)]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+
+    return call
+
+
+def test_without_data_it_names_every_place_and_both_ways_and_exits_with_2(alone, tmp_path):
+    done = alone()
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    for words in ("data", "/kaggle/input", "ambityga/imagenet100", "data_setup imagenet100 make"):
+        assert words in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["imagenet100_ast.py"], "and leaves nothing behind"
+
+
+@pytest.mark.slow
+def test_it_runs_alone_on_kaggles_layout(alone, tmp_path):
+    if not REAL_IMAGENET.exists():
+        pytest.skip(f"no small ImageNet-100 at {REAL_IMAGENET}")
+    small = {
+        "--train-size": 400,
+        "--image-size": 64,
+        "--epochs": 2,
+        "--batch-size": 32,
+        "--model": "resnet18",
+    }
+    flags = [text for pair in small.items() for text in pair]
+    done = alone("--data", REAL_IMAGENET, "--weights", "none", "--compare", "none", *flags)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "runs" / "imagenet100_ast" / "summary.json").read_text())
+    assert summary["complete"]
+    assert not summary["synthetic"]
+    assert (summary["n_train"], summary["n_val"], summary["skipped_images"]) == (400, 5000, 0)
+    assert "of 100 classes" in done.stdout
+    rows = (tmp_path / "runs" / "imagenet100_ast" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["activated"] for row in rows] == [400, 160]
+    assert all(0 <= json.loads(row)["data_wait_percent"] <= 100 for row in rows)
 
 
 # --- a network from another library ---

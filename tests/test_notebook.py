@@ -1,6 +1,7 @@
 """The rendered notebook, run from top to bottom by nobody, without a display."""
 
 import base64
+import dataclasses
 import importlib
 import io
 import json
@@ -95,7 +96,7 @@ def test_the_notebook_runs_by_itself_from_top_to_bottom(path, batch, tmp_path, m
 def test_the_form_says_what_the_settings_cell_says(path):
     program = importlib.import_module(path.stem)
     cells = {cell.metadata.get("title"): cell for cell in nbformat.read(path, as_version=4).cells}
-    names = {"Settings": program.Settings}
+    names = {"settings": program.Settings(), "replace": dataclasses.replace}
     exec(cells["Your run"].source, names)
     assert names["settings"] == program.Settings()
     fields = re.findall(

@@ -327,11 +327,43 @@ def test_wrong_packed_arrays_are_refused(photos, tmp_path, changes, words):
     assert all(word in message for word in words)
 
 
-def test_missing_damaged_and_zipped_packed_arrays_are_refused(photos, tmp_path):
-    write_packed(tmp_path / "packed")
-    message = refusal(photos, load, photos, zipped(tmp_path / "packed", tmp_path / "p.zip"))
+@pytest.mark.parametrize(
+    "train, val", [("Training", "Testing"), ("Train", "Test"), ("train", "valid"), ("TRAIN", "validation")]
+)
+def test_splits_are_known_by_their_usual_names(photos, tmp_path, train, val):
+    for folder, count in ((train, 6), (val, 2)):
+        for key in ("ant", "bee"):
+            for index in range(count):
+                put(tmp_path / folder / key / f"{index}.jpg", encoded(picture(index)))
+    data, _ = load(photos, tmp_path)
+    assert (len(data.train_labels), len(data.val_labels)) == (12, 4)
+
+
+def test_two_folders_of_classes_that_are_no_splits_are_refused(photos, tmp_path):
+    for folder in ("first", "second"):
+        for key in ("ant", "bee"):
+            for index in range(3):
+                put(tmp_path / folder / key / f"{index}.jpg", encoded(picture(index)))
+    message = refusal(photos, load, photos, tmp_path)
+    assert "first, second" in message
+    assert load(photos, tmp_path / "first")[0].classes == ["ant", "bee"]
+
+
+@pytest.mark.parametrize("prefix", ["", "deep/"])
+def test_packed_arrays_in_a_zip_are_read_whole_up_to_a_limit(photos, tmp_path, monkeypatch, prefix):
+    arrays = write_packed(tmp_path / "packed")
+    path = zipped(tmp_path / "packed", tmp_path / "p.zip", prefix)
+    data, _ = load(photos, path)
+    assert np.array_equal(data.train_images, arrays["train_images"])
+    assert data.name == "p"
+    monkeypatch.setattr(photos, "LARGEST_UNZIPPED", 1000)
+    message = refusal(photos, load, photos, path)
     assert "inside a .zip" in message
     assert "unpack" in message
+
+
+def test_missing_and_damaged_packed_arrays_are_refused(photos, tmp_path):
+    write_packed(tmp_path / "packed")
     whole_file = (tmp_path / "packed" / "val_images.npy").read_bytes()
     put(tmp_path / "packed" / "val_images.npy", whole_file[:-1])
     assert "val_images.npy: expected a whole array" in refusal(photos, load, photos, tmp_path / "packed")

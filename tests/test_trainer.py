@@ -463,8 +463,8 @@ def test_a_redone_step_counts_its_batch_once_in_batch_norm(cifar, digits):
     assert model.norm.running_mean.abs().max() < 10
 
 
-def test_one_sample_that_does_not_fit_is_told(cifar, loaders):
-    with pytest.raises(cifar.BadInput, match="one sample at a time"):
+def test_two_samples_that_do_not_fit_are_told(cifar, loaders):
+    with pytest.raises(cifar.BadInput, match="two samples at a time"):
         run_two_epochs(cifar, loaders, Cramped(two_layers(), 0))
 
 
@@ -554,6 +554,85 @@ def test_a_group_with_a_first_epoch_is_frozen_until_then_and_costs_less(cifar, d
     assert seen[1][3]["training"] < seen[2][3]["training"], "no backward pass through what is frozen"
     charged = [account["flops"] for account in results["phases"].values()]
     assert sum(charged) == results["flops"]
+
+
+def test_frozen_groups_are_taken_up_again_where_they_were(cifar, digits):
+    """Stopped between the frozen epoch and the next, a run counts the thawed model's FLOPs all the same."""
+    images, labels = digits
+    arrays = (images[:320].numpy(), labels[:320].numpy())
+
+    def make(listeners=()):
+        torch.manual_seed(0)
+        body, head = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.BatchNorm1d(64)), nn.Linear(64, 10)
+        groups = [{"params": list(body.parameters()), "first_epoch": 1}, {"params": list(head.parameters())}]
+        return cifar.AdaptiveSparseTrainer(
+            nn.Sequential(body, nn.ReLU(), head), arrays, arrays, {"amp": "off", "batch_size": 64},
+            torch.optim.SGD(groups, lr=0.1), listeners=listeners,
+        )  # fmt: skip
+
+    whole = make().train(epochs=3)
+    controls = []
+    first = make([lambda event, data: controls[0].ask_stop("a test") if event == "epoch" else None])
+    controls.append(first.controls)
+    assert len(first.train(epochs=3)["epochs"]) == 1
+    second = make()
+    second.load_state_dict(first.state_dict())
+    resumed = second.train()
+    assert resumed["flops"] == whole["flops"]
+    assert resumed["final_accuracy"] == whole["final_accuracy"]
+
+
+def test_a_norm_that_its_owner_froze_stays_so_when_its_group_thaws(cifar, digits):
+    images, labels = digits
+    arrays = (images[:128].numpy(), labels[:128].numpy())
+    model = nn.Sequential(
+        nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.Linear(32, 10)
+    )
+    model[1].eval()
+    groups = [
+        {"params": list(model[:4].parameters()), "first_epoch": 1},
+        {"params": list(model[4].parameters())},
+    ]
+    trainer = cifar.AdaptiveSparseTrainer(
+        model, arrays, arrays, {"amp": "off", "batch_size": 64}, torch.optim.SGD(groups, lr=0.1), listeners=[]
+    )
+    trainer.train(epochs=2)
+    assert not model[1].training
+    assert model[3].training
+
+
+def test_the_ledger_runs_on_when_memory_ends_while_flops_are_counted(cifar, loaders, monkeypatch):
+    count, calls = cifar.flops_per_sample, []
+
+    def scarce(*arguments):
+        calls.append(arguments[2])
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return count(*arguments)
+
+    monkeypatch.setattr(cifar, "flops_per_sample", scarce)
+    _, results = run_two_epochs(cifar, loaders, two_layers())
+    assert results["flops_per_sample"].keys() == {"training", "evaluation"}
+    assert results["phases"]["evaluation"]["flops"] > 0
+    assert all(row["data_wait_percent"] <= 100 for row in results["epochs"])
+    assert sum(row["seconds"] for row in results["epochs"]) == pytest.approx(results["train_seconds"])
+
+
+def test_waiting_for_the_device_is_no_waiting_for_data(cifar, digits, monkeypatch):
+    """A device that computes long keeps the reading of losses waiting, while the data are there."""
+    images, labels = digits
+    arrays = (images[:256].numpy(), labels[:256].numpy())
+    flush = cifar.AdaptiveSparseTrainer._flush
+
+    def slow(self):
+        if self.unread:
+            time.sleep(0.05)
+        flush(self)
+
+    monkeypatch.setattr(cifar.AdaptiveSparseTrainer, "_flush", slow)
+    notices = []
+    _, results = run_two_epochs(cifar, (arrays, arrays), two_layers(), notices)
+    assert all(row["data_wait_percent"] < 50 for row in results["epochs"])
 
 
 class Slow(Dataset):
