@@ -31,7 +31,17 @@ CHAPTERS = {
     ],
     "Gates": ["RememberedGate", "LiveGate", "Views", "RandomGate"],
     "What it cost": ["Ledger", "EnergyMeter", "flops_per_sample"],
-    "Where samples come from": ["ArraySource", "DatasetSource", "as_source"],
+    "Where samples come from": ["Source", "ArraySource", "DatasetSource", "as_source"],
+}
+ON_IMAGES = {
+    "Only in `imagenet100_ast.py`: photographs": [
+        *("list_images", "Listing", "Files", "Photos", "CropSource"),
+        *("decode", "crop", "random_box", "centre_box", "uniforms"),
+    ],
+    "Only in `imagenet100_ast.py`: fine-tuning": [
+        *("find_weights", "read_weights", "build_model", "recompute", "augment", "recipe"),
+        *("untrained", "linear_probe"),
+    ],
 }
 OPENING = """\
 # The public names
@@ -41,9 +51,9 @@ its notebook. Written from the docstrings by `python docs/make_docs.py`.
 """
 
 
-def entry(name: str) -> str:
+def entry(name: str, module: object = program) -> str:
     """The markdown of one public name, with its public methods."""
-    thing = getattr(program, name)
+    thing = getattr(module, name)
     lines = [f"### `{name}{signature(thing)}`", "", inspect.cleandoc(thing.__doc__)]
     for method, value in vars(thing).items() if inspect.isclass(thing) else ():
         function = getattr(value, "__func__", value)  # a classmethod wraps its function
@@ -70,8 +80,9 @@ def signature(thing: object) -> str:
 def api() -> str:
     """The whole of docs/api.md."""
     parts = [OPENING]
-    for chapter, names in CHAPTERS.items():
-        parts += [f"## {chapter}\n", *map(entry, names)]
+    for module, chapters in ((program, CHAPTERS), (images, ON_IMAGES)):
+        for chapter, names in chapters.items():
+            parts += [f"## {chapter}\n", *(entry(name, module) for name in names)]
     return "\n".join(parts)
 
 

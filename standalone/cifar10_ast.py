@@ -130,9 +130,7 @@ class Settings:
     # Adaptive sparse training
     target_activation: float = 0.4  # a*, fraction of the candidates trained on, in (0, 1]
     gate: str = "remembered"  # remembered, live, random, rs2 or full
-    compare: str = (
-        "full,random"  # run beside the gate, also rs2; short: full, cut to as many samples; or none
-    )
+    compare: str = "full,random"  # run beside it, also rs2; short: full, as many samples; or none
     warmup_epochs: int | None = None  # whole epochs on everything at the start; max(1, 8 %) if None
     ramp_epochs: int | None = None  # whole epochs from everything down to the target; 20 % if None
     anneal_epochs: int | None = None  # whole epochs on everything at the end; 12.5 % if None

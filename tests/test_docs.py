@@ -21,10 +21,10 @@ def test_derived_text_is_up_to_date(path):
     assert path.read_text(encoding="utf-8") == make_docs.derived()[path], stale
 
 
-def test_every_public_name_has_a_docstring(cifar):
-    for names in make_docs.CHAPTERS.values():
-        for name in names:
-            assert getattr(cifar, name).__doc__, name
+def test_every_public_name_has_a_docstring(cifar, imagenet):
+    for program, chapters in ((cifar, make_docs.CHAPTERS), (imagenet, make_docs.ON_IMAGES)):
+        for name in [name for names in chapters.values() for name in names]:
+            assert getattr(program, name).__doc__, name
 
 
 @pytest.mark.parametrize("name", ["simple_cnn", "resnet"])

@@ -137,6 +137,7 @@ def test_weights_that_a_run_would_move_away_are_refused(imagenet, tmp_path):
     with pytest.raises(imagenet.BadInput, match=r"--weights .*lies in --out"):
         imagenet.load_data(settings, print)
     assert imagenet.load_data(replace(settings, resume=True), lambda line: None)
+    (tmp_path / "out" / "images").mkdir()
     with pytest.raises(imagenet.BadInput, match=r"--data .*lies in --out"):
         imagenet.load_data(replace(settings, data=str(tmp_path / "out" / "images"), weights="none"), print)
 

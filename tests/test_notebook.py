@@ -18,7 +18,12 @@ from nbclient import NotebookClient
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SMALL_RUNS = {
     "cifar10_ast": {"AST_TRAIN_SIZE": "6000", "AST_MODEL": "simple_cnn"},
-    "imagenet100_ast": {"AST_TRAIN_SIZE": "1000", "AST_IMAGE_SIZE": "32", "AST_WEIGHTS": "none"},
+    "imagenet100_ast": {
+        "AST_TRAIN_SIZE": "1000",
+        "AST_MODEL": "squeezenet1_1",
+        "AST_IMAGE_SIZE": "32",
+        "AST_WEIGHTS": "none",
+    },
 }
 POLICIES = {
     "cifar10_ast": {"ast", "full", "random"},

@@ -377,6 +377,10 @@ def test_shapes_are_drawn(photos):
     assert len(data.train_images) == 20
 
 
+HUNDRED = [f"train.X{1 + i // 25}/n{i:08d}/a.jpg" for i in range(100)]
+HUNDRED += [f"val.X/n{i:08d}/a.jpg" for i in range(100)]
+
+
 @pytest.mark.parametrize(
     "mount", ["imagenet100", "datasets/ambityga/imagenet100", "x.zip of imagenet100.zip"]
 )
@@ -385,15 +389,14 @@ def test_imagenet_is_found_among_kaggles_inputs(photos, tmp_path, monkeypatch, m
     kaggle = tmp_path / "kaggle"
     split_tree(kaggle / "pets" / "animals", ("cat", "dog"))
     if " of " in mount:
-        tree = write_tree(tmp_path / "tree", KAGGLE)
+        tree = write_tree(tmp_path / "tree", HUNDRED)
         zipped(tree, kaggle / "imagenet100.zip")
     else:
-        write_tree(kaggle / mount, KAGGLE)
+        write_tree(kaggle / mount, HUNDRED)
     monkeypatch.setattr(photos, "KAGGLE_INPUT", kaggle)
     data, said = load(photos, named, tmp_path / "empty")
-    if named == "imagenet100" or mount != "datasets/ambityga/imagenet100":
-        assert data.keys == ["n00000001", "n00000002"]
-        assert data.name == "imagenet100"
+    assert data.keys == [f"n{index:08d}" for index in range(100)]
+    assert data.name == "imagenet100"
     assert said
 
 
@@ -960,6 +963,10 @@ def test_memory_does_not_grow(photos, full):
     assert resident() - before < 12  # MiB; one decoded photograph is 0.6, ten epochs decode 240
 
 
-def test_a_user_is_told_what_to_do_where_training_waits(photos, shelf):
+def test_a_user_is_told_what_to_do_where_training_waits(photos, shelf, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
     assert "workers" in source(photos, shelf).remedy
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    assert "workers" not in source(photos, shelf).remedy
+    assert "pack" in source(photos, shelf).remedy
     assert "disk" in source(photos, shelf, images=np.zeros((2, 8, 8, 3), np.uint8)).remedy
