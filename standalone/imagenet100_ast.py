@@ -1501,6 +1501,8 @@ REFERENCES = {"untrained": untrained, "linear probe": linear_probe}
 # %% Why shapes [markdown] tags=["shared"]
 # ### A data set that needs no download
 #
+# From here to the lessons, this program and its siblings share every line.
+#
 # A notebook without internet must still show something real, and a test of the gate needs to know the truth
 # about every sample. Photographs offer neither, so we draw: ten kinds of figure, coloured, textured, rotated,
 # on a cluttered ground. Each training sample is drawn to be
@@ -1800,9 +1802,8 @@ def search(root: Path, test: Callable[[Path], Any], word: str | None = None) -> 
 # %% Why every value is checked first [markdown] tags=["shared"]
 # ## Adaptive sparse training
 #
-# From here to the cell "Run", this program and its siblings share every line. First what can be set:
-# `ASTConfig` holds the method alone. Every value is checked before anything is trained, and a refusal is
-# one sentence: the value, what was expected, what to do.
+# First what can be set: `ASTConfig` holds the method alone. Every value is checked before anything is trained,
+# and a refusal is one sentence: the value, what was expected, what to do.
 
 # %% What can be set, and what is refused tags=["shared"]
 GATES = ("remembered", "live", "random", "rs2", "full")
