@@ -1802,8 +1802,8 @@ def search(root: Path, test: Callable[[Path], Any], word: str | None = None) -> 
 # %% Why every value is checked first [markdown] tags=["shared"]
 # ## Adaptive sparse training
 #
-# First what can be set: `ASTConfig` holds the method alone. Every value is checked before anything is trained,
-# and a refusal is one sentence: the value, what was expected, what to do.
+# First what can be set: `ASTConfig` holds the method alone. Every value is checked before anything is
+# trained, and a refusal is one sentence: the value, what was expected, what to do.
 
 # %% What can be set, and what is refused tags=["shared"]
 GATES = ("remembered", "live", "random", "rs2", "full")
