@@ -1349,24 +1349,40 @@ def default_recipe(device: torch.device, dtype: torch.dtype | None) -> dict[str,
 
 
 def recipe(settings: Settings, model: nn.Module) -> tuple[torch.optim.Optimizer, nn.Module]:
-    """SGD with momentum for networks with batch norm, AdamW for others; a per-sample cross-entropy."""
+    """SGD with momentum for networks with batch norm, AdamW for others; a per-sample cross-entropy.
+
+    On pretrained weights a new last layer learns HEAD_RATE times faster than the rest, which needs less.
+    """
     convolutional = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     pretrained = settings.weights != "none"
     peak = {(True, True): 0.02, (True, False): 0.1, (False, True): 1e-4, (False, False): 1e-3}
     rate = settings.lr or peak[convolutional, pretrained] * (settings.batch_size / 128) ** 0.5
     head = set(map(id, head_of(model)[1].parameters()))
+    faster = HEAD_RATE if has_new_head(settings, model) else 1
     groups = []
     for new in (False, True):
         for decayed in (True, False):
             chosen = [p for p in model.parameters() if (id(p) in head) is new and (p.ndim > 1) is decayed]
+            own = {"weight_decay": settings.weight_decay * decayed, "lr": rate * (faster if new else 1)}
             wait = {"first_epoch": settings.head_epochs} if settings.head_epochs and not new else {}
-            groups.append({"params": chosen, "weight_decay": settings.weight_decay * decayed} | wait)
+            groups.append({"params": chosen} | own | wait)
     groups = [group for group in groups if group["params"]]
     if convolutional:
         optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True, fused=True)
     else:
         optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)
     return optimizer, nn.CrossEntropyLoss(reduction="none", label_smoothing=settings.label_smoothing)
+
+
+HEAD_RATE = 10  # times the learning rate of the rest
+
+
+def has_new_head(settings: Settings, model: nn.Module) -> bool:
+    """Whether the weights serve all of the model but its last layer, their classes being others."""
+    path = find_weights(settings, lambda line: None)
+    name, head = head_of(model)
+    known = read_weights(path).get(f"{name}.weight") if path else head.weight
+    return known is None or known.shape != head.weight.shape
 
 
 def head_of(model: nn.Module) -> tuple[str, nn.Module]:
@@ -1416,7 +1432,11 @@ def untrained(
         right += int((labels[logits[mine][:, columns].argmax(1)] == truth[mine]).sum())
         asked += int(mine.sum())
     accuracy = 100 * right / max(1, asked)
-    words = f"{accuracy:.2f} % before any training, on {len(pairs)} of {len(data.classes)} classes, by name"
+    words = f"{accuracy:.2f} % before any training, "
+    if outputs == 1000:
+        words += f"on {len(pairs)} of {len(data.classes)} classes, by name"
+    else:  # nothing in the file says which they are
+        words += f"if the {outputs} classes of the weights are those of the data, in their order"
     return {"accuracy": accuracy, "classes": len(pairs), "words": words}
 
 

@@ -223,6 +223,23 @@ def test_every_family_trains_a_step_with_its_head_replaced(imagenet, name):
     assert head.weight.grad.abs().sum() > 0
 
 
+def test_a_new_head_on_pretrained_weights_learns_faster_than_the_rest(imagenet, published):
+    def rates(weights, classes):
+        settings = settled(imagenet, weights=weights)
+        model = imagenet.build_model(settings, classes)
+        optimizer, _ = imagenet.recipe(settings, model)
+        head = set(map(id, model.fc.parameters()))
+        groups = optimizer.param_groups
+        assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+        ours = {g["lr"] for g in groups if id(g["params"][0]) in head}
+        (others,) = {g["lr"] for g in groups if id(g["params"][0]) not in head}
+        return ours.pop() / others
+
+    assert rates(str(published), 7) == pytest.approx(10)
+    assert rates(str(published), 1000) == pytest.approx(1), "a head that fits has learned already"
+    assert rates("none", 7) == pytest.approx(1)
+
+
 def test_models_without_batch_norm_get_adamw(imagenet):
     def kind(name):
         settings = settled(imagenet, model=name)
