@@ -634,7 +634,7 @@ def test_check_reads_a_zip_and_writes_nothing_by_its_names(run, tmp_path):
     with zipfile.ZipFile(archive, "w") as file:
         for path in sorted(source.rglob("*.jpg")):
             file.write(path, path.relative_to(source).as_posix())
-        for name in ("../evil.jpg", "/tmp/evil.jpg", "train/ant/../../../evil.jpg", "C:\\evil.jpg"):
+        for name in ("../evil.jpg", "/evil.jpg", "train/ant/../../../evil.jpg", "C:\\evil.jpg"):
             file.writestr(name, jpeg(1))
     before = contents(tmp_path)
     status, _, err = run("folder", "check", archive, "--json")
@@ -825,8 +825,8 @@ def test_killed_again_and_again_at_random_moments(tmp_path, undisturbed):
     assert packed_bytes(target) == wanted
 
 
-def test_a_torn_journal_line_and_pictures_beyond_it_are_cut_off(run, tmp_path, undisturbed):
-    source, wanted = undisturbed
+def killed_on_the_way(source, tmp_path):
+    """The folder of a pack that was killed at its twelfth fsync."""
     target = tmp_path / "out"
 
     def work():
@@ -835,6 +835,12 @@ def test_a_torn_journal_line_and_pictures_beyond_it_are_cut_off(run, tmp_path, u
         return command_line.main(pack_line(source, target))
 
     assert forked(work, tmp_path)[0] == -signal.SIGKILL
+    return target
+
+
+def test_a_torn_journal_line_and_pictures_beyond_it_are_cut_off(run, tmp_path, undisturbed):
+    source, wanted = undisturbed
+    target = killed_on_the_way(source, tmp_path)
     with (target / "pack.journal").open("ab") as file:
         file.write(b'{"split": "train", "images": 9999, "unrea')
     with (target / "train_images.npy.part").open("ab") as file:
@@ -847,14 +853,7 @@ def test_a_torn_journal_line_and_pictures_beyond_it_are_cut_off(run, tmp_path, u
 
 def test_unfinished_files_that_were_cut_start_anew(run, tmp_path, undisturbed):
     source, wanted = undisturbed
-    target = tmp_path / "out"
-
-    def work():
-        small_steps()
-        die_at(12, "fsync")
-        return command_line.main(pack_line(source, target))
-
-    assert forked(work, tmp_path)[0] == -signal.SIGKILL
+    target = killed_on_the_way(source, tmp_path)
     os.truncate(target / "train_images.npy.part", 200)
     status, _, err = run(*pack_line(source, target))
     assert status == 0

@@ -36,20 +36,21 @@ def photos(imagenet):
     return imagenet
 
 
+def real_data(name):
+    """The path of real images, where this machine has them."""
+    if not (DATA / name).exists():
+        pytest.skip(f"no real images at {DATA / name}")
+    return DATA / name
+
+
 @pytest.fixture(scope="session")
 def mini():
-    path = DATA / "imagenet100-mini.zip"
-    if not path.exists():
-        pytest.skip(f"no small ImageNet-100 at {path}")
-    return path
+    return real_data("imagenet100-mini.zip")
 
 
 @pytest.fixture(scope="session")
 def full():
-    path = DATA / "imagenet-fullsize-200.zip"
-    if not path.exists():
-        pytest.skip(f"no full-size photographs at {path}")
-    return path
+    return real_data("imagenet-fullsize-200.zip")
 
 
 @pytest.fixture(autouse=True)
