@@ -585,7 +585,7 @@ def test_a_trace_keeps_few_points_and_exact_totals(cifar, epochs, size, changes,
     assert offered_all - last < max(size, epochs * n / cifar.POINTS)
 
 
-@pytest.mark.parametrize("gate", ["remembered", "live", "random", "full", "rs2"])
+@pytest.mark.parametrize("gate", ["remembered", "live", "proxy", "random", "full", "rs2"])
 def test_a_trace_agrees_with_the_trainers_own_books(cifar, gate):
     monitor = cifar.Monitor()
     results = trainer_of(cifar, [monitor], {"gate": gate}).train(EPOCHS)
@@ -1220,6 +1220,7 @@ def lessons(cifar, place, tmp_path_factory):
     choices = {
         "finished": {"compare": "full,random"},
         "live": {"gate": "live"},
+        "proxy": {"gate": "proxy"},
         "random": {"gate": "random"},
         "rs2": {"gate": "rs2"},
         "full": {"gate": "full"},
@@ -1248,6 +1249,7 @@ def lessons(cifar, place, tmp_path_factory):
 DRAWN = {  # lessons that have a picture, by run
     "finished": {"costs", "classes", "significance", "chosen"},
     "live": {"costs", "classes", "significance", "chosen"},
+    "proxy": {"costs", "classes", "significance", "chosen"},
     "random": {"costs", "classes", "chosen"},
     "rs2": {"costs", "classes", "chosen"},
     "full": {"costs"},

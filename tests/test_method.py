@@ -36,6 +36,16 @@ def test_significance_with_intensity_uses_the_deviation_of_the_image(cifar):
     assert value.tolist() == pytest.approx([0.7 * math.log(2), float(expected)])
 
 
+def test_margin_significance_looks_at_the_two_likeliest_classes_only(cifar):
+    logits = torch.tensor([[2.0, 1.0, -3.0], [5.0, 5.0, 0.0]])
+    chances = logits.softmax(1)
+    expected = [1 - float(chances[0, 0] - chances[0, 1]), 1.0]
+    for labels in (torch.tensor([0, 0]), torch.tensor([2, 1])):
+        value = cifar.significance(logits, labels, logits, "margin")
+        assert value.tolist() == pytest.approx(expected)
+    assert cifar.significance(torch.zeros(2, 1), torch.zeros(2).long(), logits, "margin").tolist() == [1, 1]
+
+
 def test_gradient_significance_is_the_length_of_the_gradient_at_the_logits(cifar):
     logits = torch.randn(5, 4, requires_grad=True)
     labels = torch.tensor([0, 1, 2, 3, 0])

@@ -404,6 +404,7 @@ CHAINS = {
         *("--gate", "live", "--live-rule", "topk", "--score-scale", 0.5),
         *("--model", "resnet", "--checkpoint-seconds", 0, "--epochs", 3),
     ),
+    "proxy": ("--gate", "proxy", "--target-activation", 0.3, "--checkpoint-seconds", 0),
     "interval": ("--compare", "none", "--seeds", "3,5", "--checkpoint-seconds", 0.05),
 }
 
@@ -424,7 +425,9 @@ def uninterrupted(tmp_path_factory, cifar):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chain,threads", [("remembered", 1), ("live", 2), ("topk", 1), ("interval", 1)])
+@pytest.mark.parametrize(
+    "chain,threads", [("remembered", 1), ("live", 2), ("topk", 1), ("proxy", 1), ("interval", 1)]
+)
 def test_killed_at_random_moments_and_resumed_equals_the_uninterrupted_run(
     cifar, place, uninterrupted, chain, threads
 ):

@@ -143,7 +143,69 @@ def test_the_live_gate_reads_every_candidate_and_charges_its_scoring(cifar, digi
     assert results["phases"]["scoring"]["seconds"] > 0
 
 
-@pytest.mark.parametrize("gate", ["remembered", "random", "rs2", "live", "full"])
+class Watched:
+    """Keeps what the proxy's parameters were after each epoch."""
+
+    def __init__(self):
+        self.trainer, self.epochs = None, []
+
+    def __call__(self, event, data):
+        if event == "epoch":
+            weights = nn.utils.parameters_to_vector(self.trainer.gate.network.parameters())
+            self.epochs.append(weights.detach().clone())
+
+
+def test_the_proxy_gate_charges_its_network_and_learns_until_the_anneal(cifar, digits, loaders, model):
+    watched = Watched()
+    config = cifar.ASTConfig(gate="proxy", target_activation=0.3, ramp_epochs=0, anneal_epochs=1)
+    trainer = cifar.AdaptiveSparseTrainer(model, *loaders, config, listeners=[watched])
+    watched.trainer = trainer
+    results = trainer.train(epochs=5)
+    assert results["activated"] == pytest.approx(TRAIN * (2 + 3 * 0.3), abs=2)
+    per = results["flops_per_sample"]
+    # three convolutions on one channel of 8 x 8 pixels, the sides halved twice, and the last layer
+    by_hand = 2 * (9 * 16 * 64 + 9 * 16 * 32 * 16 + 9 * 32 * 64 * 4 + 64 * 10)
+    assert per["proxy scoring"] == pytest.approx(by_hand)
+    batches = [32] * (TRAIN // 32) + [TRAIN % 32]
+    learned = sum(math.ceil(0.25 * size) for size in batches)
+    expected = 4 * (TRAIN * per["proxy scoring"] + learned * per["proxy training"])
+    assert results["phases"]["scoring"]["flops"] == pytest.approx(expected)
+    moved = [not torch.equal(a, b) for a, b in zip(watched.epochs, watched.epochs[1:], strict=False)]
+    assert moved == [True, True, True, False], (
+        "it learns in warm-up and sparse epochs, and rests in the anneal"
+    )
+
+
+def test_the_proxy_leaves_the_model_and_its_random_numbers_alone(cifar, loaders):
+    def trained(gate):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Dropout(0.2), nn.Linear(144, 10))
+        config = cifar.ASTConfig(gate=gate, target_activation=1.0, warmup_epochs=1)
+        cifar.AdaptiveSparseTrainer(model, *loaders, config, listeners=[]).train(epochs=2)
+        return nn.utils.parameters_to_vector(model.parameters())
+
+    assert torch.equal(trained("proxy"), trained("full"))
+
+
+def test_the_proxy_takes_inputs_that_are_no_images(cifar, digits):
+    flat = TensorDataset(digits[0].flatten(1), digits[1])
+    config = {"gate": "proxy", "target_activation": 0.4, "lr": 3e-3}
+    trainer = cifar.AdaptiveSparseTrainer(nn.Linear(64, 10), flat, flat, config, listeners=[])
+    assert trainer.train(epochs=15)["final_accuracy"] > 85
+    assert sum(p.numel() for p in trainer.gate.network.parameters()) == 64 * 64 + 64 + 64 * 10 + 10
+
+
+def test_a_broken_image_does_not_spoil_the_proxy(cifar, digits, model):
+    images = digits[0].clone()
+    images[::50] = math.nan
+    config = cifar.ASTConfig(gate="proxy", target_activation=0.4, ramp_epochs=0, anneal_epochs=0)
+    broken, whole = TensorDataset(images, digits[1]), TensorDataset(*digits)
+    trainer = cifar.AdaptiveSparseTrainer(model, broken, whole, config, listeners=[])
+    trainer.train(epochs=3)
+    assert all(p.isfinite().all() for p in trainer.gate.network.parameters())
+
+
+@pytest.mark.parametrize("gate", ["remembered", "random", "rs2", "live", "proxy", "full"])
 def test_each_gate_holds_its_rate_and_learns(cifar, loaders, model, gate):
     config = cifar.ASTConfig(gate=gate, target_activation=0.4, lr=3e-3)
     trainer = cifar.AdaptiveSparseTrainer(model, *loaders, config, listeners=[])

@@ -1,0 +1,89 @@
+"""The test beds of `compare.py`: which images, which model, how long; each small enough for two cores.
+
+A bed is trained on CIFAR-10 images. While a rule is searched for, 5,000 of the training images are held out
+and judge it; the test images are seen by the headline rows only.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "standalone"))
+import cifar10_ast as ast
+
+HELD_OUT = 5000  # training images that judge the search
+SPLIT = 2026  # seed of every draw that defines a bed; runs have seeds of their own
+
+
+@dataclass(frozen=True)
+class Bed:
+    """Data, model and length of one comparison."""
+
+    what: str
+    classes: tuple[int, ...] = tuple(range(10))
+    size: int = 0  # training images, evenly from the classes; 0 takes all
+    tail: float = 1.0  # images of the rarest class ÷ images of the most frequent
+    wrong: float = 0.0  # share of the training labels replaced by another class
+    settings: dict = field(default_factory=dict)
+
+    def split(self, data: ast.ImageData, held_out: bool) -> "Split":
+        """The bed's share of CIFAR-10; judged on held-out training images, or on the test images."""
+        generator = torch.Generator().manual_seed(SPLIT)
+        labels = torch.as_tensor(np.asarray(data.train_labels)).long()
+        kept, judges = [], []
+        for place, label in enumerate(self.classes):
+            own = (labels == label).nonzero().flatten()
+            own = own[torch.randperm(len(own), generator=generator)]
+            aside = HELD_OUT // len(self.classes)
+            judges.append(own[:aside])
+            share = self.size // len(self.classes) or (len(own) - aside if held_out else len(own))
+            share = int(share * self.tail ** (place / max(1, len(self.classes) - 1)))
+            kept.append(own[aside : aside + share] if held_out or self.size else own[:share])
+        kept, judges = torch.cat(kept), torch.cat(judges)
+        place_of = torch.full((10,), -1)
+        place_of[list(self.classes)] = torch.arange(len(self.classes))
+        truth = place_of[labels[kept]]
+        given = truth.clone()
+        mislabelled = torch.randperm(len(truth), generator=generator)[: int(self.wrong * len(truth))]
+        shift = torch.randint(1, len(self.classes), mislabelled.shape, generator=generator)
+        given[mislabelled] = (truth[mislabelled] + shift) % len(self.classes)
+        if held_out:
+            images, answers = data.train_images[judges.numpy()], place_of[labels[judges]]
+        else:
+            tested = torch.as_tensor(np.asarray(data.val_labels)).long()
+            mine = (place_of[tested] >= 0).nonzero().flatten()
+            images, answers = data.val_images[mine.numpy()], place_of[tested[mine]]
+        return Split(data.train_images[kept.numpy()], given, truth, images, answers)
+
+
+@dataclass
+class Split:
+    """Images uint8 [N, 32, 32, 3] and labels int64 [N] to train on, the true labels, and the judges."""
+
+    images: np.ndarray
+    labels: torch.Tensor
+    truth: torch.Tensor
+    judge_images: np.ndarray
+    judge_labels: torch.Tensor
+
+
+LONG = {"label_smoothing": 0.0, "lr": 0.2, "batch_size": 128, "weight_decay": 4e-4}
+APART = (1, 6, 7, 8)  # automobile, frog, horse, ship
+BEDS: dict[str, Bed] = {
+    "four": Bed("four well-separated classes of CIFAR-10, 16 epochs", APART, settings={"epochs": 16, **LONG}),
+    "ten": Bed("10,000 images of CIFAR-10, 30 epochs", size=10_000, settings={"epochs": 30, **LONG}),
+    "tail": Bed(
+        "CIFAR-10 with a long tail: 50 images of the commonest class for one of the rarest, 16 epochs",
+        tail=1 / 50,
+        settings={"epochs": 16, **LONG},
+    ),
+    "ten-20": Bed(
+        "10,000 images of CIFAR-10, 20 % of the labels wrong, 30 epochs",
+        size=10_000,
+        wrong=0.2,
+        settings={"epochs": 30, **LONG},
+    ),
+}

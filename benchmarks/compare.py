@@ -1,0 +1,240 @@
+"""Trains every policy on a test bed, seed by seed, and keeps each finished run as a JSON file.
+
+    python benchmarks/compare.py --quick --data path/to/cifar10               # ten minutes on two cores
+    python benchmarks/compare.py --full --data path/to/cifar10                # the headline rows: hours
+    python benchmarks/compare.py --bed four --policies ast@0.2,random@0.2 --seeds 0,1,2 --data path/to/cifar10
+    python benchmarks/compare.py --bed four --held-out --seeds 100,101 --policies ast@0.2:temperature=0.1,…
+
+Killed and started again, it goes on with the runs that are missing. `python benchmarks/evidence.py` makes
+the tables and figures. It drives the program that ships; rules that are not the kit's are in rules.py.
+A policy's name may end in settings (`ast@0.2:temperature=0.1,weight_gamma=0`), and in the knobs of
+`rules.Turned` (`turned@0.2:floor=0`); this is how the search for the default was made (docs/search.md).
+
+On a bed that is judged on held-out training images (--held-out) the test images are never looked at.
+"""
+
+import hashlib
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import rules
+import torch
+from beds import BEDS, Bed, Split, ast
+from compact import compact, recipe
+from scipy.stats import t as student
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "compare"
+CPU = torch.device("cpu")
+MOST_SEEDS, ENOUGH = 20, 0.15  # points, the half-width at which the headline rows stop adding seeds
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What is trained: changes to the settings, and a gate unless the program has it by name."""
+
+    settings: dict = field(default_factory=dict)
+    gate: Callable | None = None  # (config, split, score) -> gate
+
+
+def before_loader(rule: type, **options: object) -> Callable:
+    return lambda config, split, score: rule(config, len(split.labels), **options)
+
+
+def after_loader(rule: type) -> Callable:
+    return lambda config, split, score: rule(config, score)
+
+
+NO_PHASES = {"warmup_epochs": 0, "ramp_epochs": 0, "anneal_epochs": 0}
+KINDS: dict[str, Policy] = {
+    # Plain training; `short@c` has the share c of the epochs, its learning rate rescaled to them.
+    "full": Policy({"gate": "full"}),
+    "short": Policy({"gate": "full"}),
+    # RS2 (Okanovic et al. 2024): a fresh random share each epoch, the learning rate rescaled.
+    "rs2": Policy({"gate": "rs2"}),
+    # By chance, with AST's warm-up, ramp and anneal.
+    "random": Policy({"gate": "random"}),
+    "ast": Policy({}),
+    "shuffled": Policy({}, before_loader(rules.Shuffled)),
+    "infobatch": Policy({"warmup_epochs": 1, "ramp_epochs": 0}, before_loader(rules.InfoBatch)),
+    "selective-backprop": Policy({"gate": "live"}, after_loader(rules.SelectiveBackprop)),
+    # The original reports' live rule: 0.7 loss + 0.3 intensity above a PI-held threshold.
+    "original": Policy({"gate": "live", "significance": "loss+intensity"}),
+    "live": Policy({"gate": "live", "live_rule": "topk"}),
+    "proxy": Policy({"gate": "proxy"}),
+    "curriculum": Policy({}, before_loader(rules.Curriculum)),
+    # Active learning's margin between the two likeliest classes (Scheffer et al. 2001), remembered.
+    "margin": Policy({"significance": "margin"}),
+}
+
+
+def policy(name: str, bed: Bed) -> Policy:
+    """The policy that `kind@share:setting=value,…` names. Raises SystemExit for an unknown one."""
+    head, _, tail = name.partition(":")
+    kind, _, share = head.partition("@")
+    changes = {k: json.loads(v) for k, _, v in (item.partition("=") for item in tail.split(",") if tail)}
+    knobs = {k: changes.pop(k) for k in list(changes) if k in {f.name for f in fields(rules.Knobs)}}
+    if kind == "turned":
+        made = Policy(
+            {},
+            lambda config, split, score: rules.Turned(
+                config, len(split.labels), rules.Knobs(**knobs), split.labels
+            ),
+        )
+    elif kind in KINDS and not knobs:
+        made = KINDS[kind]
+    else:
+        raise SystemExit(
+            f"policy {name}: expected one of {', '.join([*KINDS, 'turned'])}, and its own settings"
+        )
+    settings = dict(made.settings)
+    if kind == "short":
+        settings |= {"epochs": math.ceil(float(share) * bed.settings["epochs"] - 1e-9)}
+    elif share:
+        settings |= {"target_activation": float(share)}
+    return Policy(settings | changes, made.gate)
+
+
+def build(bed: Bed, chosen: Policy, seed: int, split: Split) -> ast.AdaptiveSparseTrainer:
+    """A silent trainer of the bed's network and recipe."""
+    settings = ast.replace(ast.Settings(), device="cpu", **{**bed.settings, **chosen.settings})
+    settings, _ = ast.let_device_decide(settings)
+    torch.manual_seed(seed)
+    model = compact(len(bed.classes), split.images)
+    optimizer, criterion = recipe(settings, model)
+    config = ast.ASTConfig.from_settings(settings)
+    gate = chosen.gate and chosen.gate(config, split, lambda images, labels: trainer.score(images, labels))  # noqa: PLW0108
+    trainer = ast.AdaptiveSparseTrainer(
+        model,
+        ast.ArraySource(split.images, split.labels, CPU, settings.batch_size, ast.augment),
+        ast.ArraySource(split.judge_images, split.judge_labels, CPU, settings.batch_size, ast.plain_view),
+        config,
+        optimizer,
+        criterion,
+        gate=gate,
+        listeners=[],
+        seed=seed,
+    )
+    return trainer
+
+
+def measure(bed: Bed, chosen: Policy, seed: int, split: Split, every_epoch: bool) -> dict:
+    """One run, as it is kept. `every_epoch` judges after each epoch, not only at the end."""
+    trainer = build(bed, chosen, seed, split)
+    if not every_epoch:
+        judge = trainer.evaluate
+        trainer.evaluate = lambda: judge() if len(trainer.rows) + 1 >= trainer.schedule.epochs else math.nan
+    result = trainer.train()
+    flops = sum(result["phases"][phase]["flops"] for phase in ast.TRAINING_PHASES)
+    samples = len(split.labels) * bed.settings["epochs"]
+    curve, spent = [], result["phases"]["scoring"]["seconds"] * 0.0
+    for row in result["epochs"]:
+        spent += row["seconds"]
+        if not math.isnan(row["val_accuracy"]):
+            curve.append([round(spent, 3), round(row["val_accuracy"], 2)])
+    wrong, times = split.labels != split.truth, trainer.times_activated.float()
+    return {
+        "accuracy": round(result["final_accuracy"], 2),
+        "worst_class": round(worst_class(trainer, split), 2),
+        "train_loss": round(result["epochs"][-1]["train_loss"], 4),
+        "activation_rate": result["activation_rate"],
+        "flops": flops,
+        "cost": flops / (samples * result["flops_per_sample"]["training"]),
+        "train_seconds": round(result["train_seconds"], 2),
+        "total_seconds": round(result["total_seconds"], 2),
+        "joules": result["joules"],
+        "joules_method": result["joules_method"],
+        "curve": curve,
+        "wrong_share": float(times[wrong].sum() / times.sum()) if bed.wrong and times.sum() else None,
+    }
+
+
+def worst_class(trainer: ast.AdaptiveSparseTrainer, split: Split) -> float:
+    """Accuracy of the class that fares worst, percent."""
+    with ast.evaluating(trainer.judged), trainer.autocast():
+        answers = torch.cat([trainer.judged(images).argmax(1) for images, _ in trainer.val_source.in_order()])
+    right = answers == split.judge_labels
+    return min(
+        100 * float(right[split.judge_labels == c].float().mean()) for c in split.judge_labels.unique()
+    )
+
+
+def place(bed: str, name: str, seed: int, held_out: bool) -> Path:
+    """The file of one run."""
+    safe = name.replace(":", "_").replace(",", "_")
+    return RESULTS / ("held_out" if held_out else "test") / bed / f"{safe}-{seed}.json"
+
+
+def keep(file: Path, found: dict) -> None:
+    """Writes a result whole, or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, suffix=".part") as part:
+        part.write(json.dumps(found, indent=1) + "\n")
+    os.replace(part.name, file)
+
+
+class Comparison:
+    """The runs of one bed."""
+
+    def __init__(self, bed: str, data: ast.ImageData, held_out: bool):
+        self.name, self.bed, self.held_out = bed, BEDS[bed], held_out
+        self.split = self.bed.split(data, held_out)
+        self.program = hashlib.sha256(Path(ast.__file__).read_bytes()).hexdigest()[:12]
+
+    def run(self, name: str, seed: int) -> dict:
+        """The result of one run, from its file if it is finished."""
+        file = place(self.name, name, seed, self.held_out)
+        if file.exists():
+            return json.loads(file.read_text())
+        found = {
+            "bed": self.name,
+            "policy": name,
+            "seed": seed,
+            "judged_on": "held-out training images" if self.held_out else "test images",
+            **measure(self.bed, policy(name, self.bed), seed, self.split, not self.held_out),
+            "command": f"python benchmarks/compare.py --bed {self.name} --policies {name} --seeds {seed}"
+            + (" --held-out" if self.held_out else ""),
+            "program": self.program,
+            "torch": torch.__version__,
+            "device": ast.device_name("cpu"),
+            "date": time.strftime("%Y-%m-%d"),
+        }
+        keep(file, found)
+        print(
+            f"{self.name:<8} {name:<40} seed {seed:<4} {found['accuracy']:6.2f} %  cost {found['cost']:.3f}  "
+            f"{found['train_seconds']:6.1f} s",
+            flush=True,
+        )
+        return found
+
+    def run_all(self, names: list[str], seeds: Iterable[int], rivals: dict[str, str] | None = None) -> None:
+        """Every policy, seed by seed, in an order that turns; stops once all `rivals` are told apart."""
+        for count, seed in enumerate(seeds):
+            turn = count % len(names)
+            for name in names[turn:] + names[:turn]:
+                self.run(name, seed)
+            if (
+                rivals
+                and count + 1 >= 5
+                and all(self.half_width(a, b, count + 1) <= ENOUGH for a, b in rivals.items())
+            ):
+                return
+
+    def half_width(self, a: str, b: str, count: int) -> float:
+        """Of the 95 % interval of the paired difference of two policies over seeds 0 up, points."""
+        pairs = [self.run(a, seed)["accuracy"] - self.run(b, seed)["accuracy"] for seed in range(count)]
+        return half_width(pairs)
+
+
+def half_width(values: list[float]) -> float:
+    """Half the 95 % interval of the mean, by Student's t; infinite for one value."""
+    if len(values) < 2:
+        return math.inf
+    return float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))

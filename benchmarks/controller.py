@@ -1,0 +1,156 @@
+"""Step responses of the controller on recorded significance, against the original reports' gains.
+
+    python benchmarks/controller.py --data path/to/cifar10            # two minutes; JSON and a figure
+
+The losses of every sample in every epoch of a plain training run are recorded once; then gates are fed with
+them as if they trained, so that each controller meets the very same drifting significance. The target stands
+at 0.5 for two epochs and then steps to the value in question.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import compare
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from beds import BEDS, ast
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+TARGETS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)
+BEFORE, EPOCHS, BATCH = 2, 10, 128  # epochs at 0.5 before the step, epochs in all, samples a batch
+BAND = 0.1  # settled: the smoothed rate stays within this share of the target
+SMOOTHED = 10  # decisions over which the realised rate is averaged
+CONTROLLERS = {
+    "solve + PI": {},
+    "PI, original gains": {"feedforward": False},
+    "PI, gains 1 and 0.5": {"feedforward": False, "adapt_kp": 1.0, "adapt_ki": 0.5},
+}
+
+
+class Recorder(ast.RandomGate):
+    """Activates everything and writes down every loss."""
+
+    def __init__(self, n: int):
+        super().__init__()
+        self.epochs: list[Tensor] = []
+        self.n, self.seen = n, 0
+
+    def observe(self, indices: Tensor, losses: Tensor) -> None:
+        """Keeps the losses [k] of the samples `indices` [k] in the row of their epoch."""
+        if self.seen % self.n == 0:
+            self.epochs.append(torch.zeros(self.n))
+        self.epochs[-1][indices] = losses
+        self.seen += len(indices)
+
+
+def record(data: ast.ImageData) -> Tensor:
+    """Losses [epochs, n] of the bed `ten`, trained plainly."""
+    bed = BEDS["ten"]
+    split = bed.split(data, held_out=True)
+    recorder = Recorder(len(split.labels))
+    plain = compare.Policy({"epochs": EPOCHS, "target_activation": 1.0}, lambda *_: recorder)
+    compare.build(bed, plain, 0, split).train()
+    return torch.stack(recorder.epochs)
+
+
+def replay(losses: Tensor, kind: str, target: float, **settings: object) -> list[tuple[float, float]]:
+    """(epochs, activation rate) of every decision of a gate that meets the recorded losses."""
+    n, generator = losses.shape[1], torch.Generator().manual_seed(0)
+    config, now = ast.ASTConfig(gate=kind, **settings), 0
+    if kind == "remembered":
+        gate = ast.RememberedGate(config, n)
+        gate.observe(torch.arange(n), losses[0])
+    else:
+        gate = ast.LiveGate(config, lambda images, labels: losses[now][images])
+    trace = []
+    for epoch in range(1, EPOCHS):
+        now, rate = epoch, 0.5 if epoch <= BEFORE else target
+        chunk = int(min(n / 20, 4 * BATCH / rate)) if kind == "remembered" else BATCH
+        for candidates in torch.randperm(n, generator=generator).split(chunk):
+            offered = candidates
+            if kind == "live":
+                offered = ast.Views(candidates, candidates, candidates)
+            chosen, _ = gate.select(offered, rate, generator)
+            gate.observe(chosen, losses[epoch][chosen])
+            trace.append((epoch - 1 + len(trace) * 0.0, len(chosen) / len(candidates), len(candidates) / n))
+    spent, out = 0.0, []
+    for _, realised, share in trace:
+        spent += share
+        out.append((spent, realised))
+    return out
+
+
+def judge(trace: list[tuple[float, float]], target: float) -> dict:
+    """Settling time (epochs after the step), overshoot and remaining error of a response."""
+    rates = np.array([rate for _, rate in trace])
+    kernel = np.ones(SMOOTHED) / SMOOTHED
+    smooth = np.convolve(rates, kernel)[: len(rates)]
+    after = [(t - BEFORE, r) for (t, _), r in zip(trace, smooth, strict=True) if t > BEFORE]
+    outside = [t for t, r in after if abs(r - target) > BAND * target]
+    last = after[-1][0]
+    settled = outside[-1] if outside else 0.0
+    sign = np.sign(target - 0.5)
+    tail = [r for t, r in after if t > last - 2]
+    return {
+        "settling_epochs": None if settled > last - 0.25 else round(settled, 3),
+        "overshoot": round(max(0.0, *(sign * (r - target) for _, r in after)), 4),
+        "error_at_the_end": round(statistics.mean(tail) - target, 4),
+    }
+
+
+def draw(traces: dict, file: Path) -> None:
+    """A panel a gate and controller, a line a target."""
+    kinds = ("remembered", "live")
+    figure, axes = plt.subplots(len(kinds), len(CONTROLLERS), figsize=(11, 5.2), sharex=True, sharey=True)
+    for row, kind in zip(axes, kinds, strict=True):
+        for axis, name in zip(row, CONTROLLERS, strict=True):
+            for target in TARGETS:
+                trace = np.array(traces[kind, name, target])
+                kernel = np.ones(SMOOTHED) / SMOOTHED
+                smooth = np.convolve(trace[:, 1], kernel, mode="valid")
+                (line,) = axis.plot(trace[SMOOTHED - 1 :, 0], smooth, lw=1)
+                axis.axhline(target, xmin=BEFORE / (EPOCHS - 1), color=line.get_color(), lw=0.6, ls=":")
+            axis.set_title(f"{kind}: {name}", fontsize=9)
+            axis.grid(alpha=0.2)
+    for axis in axes[-1]:
+        axis.set_xlabel("epochs")
+    for row in axes:
+        row[0].set_ylabel("activation rate")
+    figure.tight_layout()
+    figure.savefig(file, dpi=80)
+
+
+def main() -> None:
+    """Records, replays, writes benchmarks/results/controller.json and docs/controller.png."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data", default="cifar10", help="CIFAR-10: a path, or cifar10 to search for it")
+    data = ast.load_data(ast.replace(ast.Settings(), data=parser.parse_args().data, data_dir="data"), print)
+    losses = record(data)
+    traces, rows = {}, []
+    for kind in ("remembered", "live"):
+        for name, settings in CONTROLLERS.items():
+            for target in TARGETS:
+                trace = traces[kind, name, target] = replay(losses, kind, target, **settings)
+                rows.append({"gate": kind, "controller": name, "target": target, **judge(trace, target)})
+    for row in rows:
+        print(row)
+    found = {
+        "rows": rows,
+        "stream": f"{BEDS['ten'].what}: losses of {EPOCHS} epochs of plain training",
+        "step": f"from 0.5 after {BEFORE} epochs",
+        "band": BAND,
+        "command": "python benchmarks/controller.py",
+        "device": ast.device_name("cpu"),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    (ROOT / "benchmarks" / "results" / "controller.json").write_text(json.dumps(found, indent=1) + "\n")
+    draw(traces, ROOT / "docs" / "controller.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Selection rules to compare the kit's with, as gates of the kit's own interface; each names its source.
+
+A gate has select(candidates, target, generator) -> (indices, weights), observe(indices, losses),
+state_dict() and load_state_dict(state); `needs_views` says that it looks at augmented images.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from beds import ast
+from torch import Tensor
+
+
+class Shuffled(ast.RememberedGate):
+    """The kit's gate with its ranks dealt out anew: keeps rate and weights, loses the information.
+
+    Sanity check of Okanovic et al. 2024; what it reaches is due to the schedule, not to significance.
+    """
+
+    def __init__(self, config: ast.ASTConfig, n: int):
+        super().__init__(config, n)
+        generator = torch.Generator().manual_seed(n)
+        rank = self.memory.rank
+        self.memory.rank = lambda indices: rank(indices)[torch.randperm(len(indices), generator=generator)]
+
+
+class InfoBatch(ast.RememberedGate):
+    """InfoBatch (Qin et al. 2024): of the samples below the mean loss, drops a share r by chance and weighs
+    the rest of them 1/(1 - r); everything again after 87.5 % of the epochs. It sets its own rate."""
+
+    def __init__(self, config: ast.ASTConfig, n: int, drop: float = 0.5):
+        super().__init__(config, n)
+        self.drop = drop
+
+    def select(self, candidates: Tensor, target: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Drops by the rule, whatever the target."""
+        known = self.memory.significance[self.memory.significance.isfinite()]
+        easy = self.memory.significance[candidates] < known.mean()
+        kept = ~easy | (torch.rand(len(candidates), generator=generator) >= self.drop)
+        self.controller.update(int(kept.sum()), len(candidates), target, exact=False)
+        self.clock += len(candidates) / len(self.memory.visited)
+        return candidates[kept], torch.where(easy, 1 / (1 - self.drop), 1.0)[kept]
+
+    def observe(self, indices: Tensor, losses: Tensor) -> None:
+        """Remembers the newest loss alone, as the paper does."""
+        finite = losses.isfinite()
+        self.memory.significance[indices[finite]] = losses[finite]
+
+
+class SelectiveBackprop(ast.LiveGate):
+    """Selective Backprop (Jiang et al. 2019): keeps a view with probability percentile^β, its loss's
+    percentile among the recent ones; β = 1/a - 1 makes that a of them."""
+
+    def select(
+        self, candidates: ast.Views, target: float, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Keeps by chance, harder views more often; 2 random ones if none."""
+        scores = self.score(candidates.images, candidates.labels).cpu()
+        self.recent = torch.cat([self.recent, scores[scores.isfinite()]])[-self.RECENT :]
+        kept = torch.rand(len(scores), generator=generator) < self.rank(scores) ** (1 / target - 1)
+        taken = kept.nonzero().flatten()
+        if not len(taken):
+            taken = torch.randperm(len(scores), generator=generator)[:2]
+        return candidates.indices[taken], torch.ones(len(taken))
+
+
+class Curriculum(ast.RememberedGate):
+    """Easy first (Bengio et al. 2009; pacing as in Hacohen & Weinshall 2019): draws by chance from the
+    easiest samples, a share that grows from twice the target to all over the first 60 % of the epochs."""
+
+    def __init__(self, config: ast.ASTConfig, n: int):
+        super().__init__(config, n)
+        self.chance = ast.RandomGate()
+
+    def select(self, candidates: Tensor, target: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """As many as the target says, out of the easiest share of the candidates."""
+        pace = min(1.0, self.clock / (0.6 * self.config.epochs))
+        share = min(1.0, 2 * target + (1 - 2 * target) * pace)
+        self.clock += len(candidates) / len(self.memory.visited)
+        easiest = self.memory.rank(candidates).argsort()[: math.ceil(share * len(candidates))]
+        rate = target * len(candidates) / len(easiest)
+        return self.chance.select(candidates[easiest], min(1.0, rate), generator)
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """What the search turns in the kit's own gate; the defaults are what the kit started with."""
+
+    floor: float = 0.25  # exploration floor f, as a share of the activation rate
+    newest: float = 0.5  # share of a new loss in the remembered one
+    relative: bool = False  # remember loss ÷ the running mean loss at that moment
+    trend: float = 0.0  # add this times |new - old|
+    ageing: float = 0.0  # ranks gained per 1/a epochs without a visit
+    overdue: float = 2.0  # forced after this many 1/a epochs; 0 forces none
+    by_value: bool = False  # p in proportion to the loss, not by its rank
+    per_class: float = 0.0  # each class activates at least this share of its fair count
+    cap: float = 4.0  # largest weight before scaling
+    temperature_of_rate: float = 0.0  # T = min(temperature, this · a); 0: T alone
+    guard_quantile: float = 0.0  # a sample whose loss ranks above this, visit after visit, ranks as average
+    guard_visits: int = 3  # that many visits
+    guard_fall: float = 1.0  # a loss below this share of the one before counts as falling
+    guard_rank: float = 0.5  # rank that such a sample is given
+
+
+class Turned(ast.RememberedGate):
+    """The kit's gate with its knobs turned, for the search."""
+
+    def __init__(self, config: ast.ASTConfig, n: int, knobs: Knobs, labels: Tensor):
+        super().__init__(config, n)
+        self.knobs, self.labels, self.mean = knobs, labels, 1.0
+        self.stuck = torch.zeros(n, dtype=torch.uint8)  # visits in the top without falling
+
+    def select(self, candidates: Tensor, target: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """As RememberedGate, by the knobs."""
+        knobs, m = self.knobs, len(candidates)
+        u = self.memory.rank(candidates)
+        if knobs.guard_quantile:
+            u = torch.where(self.stuck[candidates] >= knobs.guard_visits, knobs.guard_rank, u)
+        if knobs.ageing:
+            u = u + knobs.ageing * (self.clock - self.memory.visited[candidates]) * target
+        forced = self.overdue(candidates, target)
+        p = self.probability(u, candidates, forced, target)
+        if knobs.per_class:
+            p = self.raise_classes(p, candidates, target)
+        taken, self.phase = ast.systematic(torch.where(forced, 1.0, p), self.phase)
+        self.clock += m / len(self.memory.visited)
+        weights = (p[taken].clamp(min=1e-6) / target).pow(-self.config.weight_gamma).clamp(max=knobs.cap)
+        return candidates[taken], weights / weights.mean() if len(weights) else weights
+
+    def overdue(self, candidates: Tensor, target: float) -> Tensor:
+        if not self.knobs.overdue:
+            return torch.zeros(len(candidates), dtype=torch.bool)
+        wait = self.clock - self.memory.visited[candidates]
+        oldest = wait.topk(int(0.5 * target * len(candidates))).indices
+        mask = torch.zeros(len(candidates), dtype=torch.bool)
+        mask[oldest] = wait[oldest] >= self.knobs.overdue / target
+        return mask
+
+    def probability(self, u: Tensor, candidates: Tensor, forced: Tensor, target: float) -> Tensor:
+        floor, count = self.knobs.floor * target, target * len(u) - int(forced.sum())
+        if self.knobs.by_value:
+            value = self.memory.significance[candidates].clamp(max=1e3)
+
+            def p_at(level: float) -> Tensor:
+                return floor + (1 - floor) * (value * math.exp(-level)).clamp(max=1)
+        else:
+            width = self.config.temperature
+            if self.knobs.temperature_of_rate:
+                width = min(width, self.knobs.temperature_of_rate * target)
+
+            def p_at(level: float) -> Tensor:
+                return floor + (1 - floor) * torch.sigmoid((u - level) / width)
+
+        low, high = -30.0, 30.0
+        for _ in range(60):
+            middle = 0.5 * (low + high)
+            low, high = (middle, high) if float(p_at(middle)[~forced].sum()) > count else (low, middle)
+        self.controller.value = low
+        return p_at(low)
+
+    def raise_classes(self, p: Tensor, candidates: Tensor, target: float) -> Tensor:
+        """Lifts classes below their share of the target, and lowers all to the same sum."""
+        labels, wanted = self.labels[candidates], float(p.sum())
+        for label in labels.unique():
+            own = labels == label
+            least = self.knobs.per_class * target
+            if float(p[own].mean()) < least:
+                p = torch.where(own, (p * least / p[own].mean()).clamp(max=1), p)
+        return p * wanted / float(p.sum())
+
+    def observe(self, indices: Tensor, losses: Tensor) -> None:
+        knobs = self.knobs
+        good = losses.isfinite()
+        at, value = indices[good], losses[good].float()
+        if knobs.relative and len(value):
+            self.mean += 0.2 * (float(value.mean()) - self.mean)
+            value = value / self.mean
+        before = self.memory.significance[at]
+        if knobs.guard_quantile and len(value):
+            known = self.memory.significance[self.memory.significance.isfinite()]
+            if len(known):
+                top = value > known[:: max(1, len(known) // 4096)].quantile(knobs.guard_quantile)
+                stays = top & (before.isinf() | (value >= knobs.guard_fall * before))
+                self.stuck[at] = torch.where(stays, (self.stuck[at] + 1).clamp(max=200), 0)
+        old = torch.where(before.isinf(), value, before)
+        new = knobs.newest * value + (1 - knobs.newest) * old
+        if knobs.trend:
+            new = new + knobs.trend * (value - old).abs()
+        self.memory.significance[at], self.memory.visited[at] = new, self.clock
