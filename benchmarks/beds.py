@@ -5,7 +5,7 @@ and judge it; the test images are seen by the headline rows only.
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -76,14 +76,12 @@ BEDS: dict[str, Bed] = {
     "four": Bed("four well-separated classes of CIFAR-10, 16 epochs", APART, settings={"epochs": 16, **LONG}),
     "ten": Bed("10,000 images of CIFAR-10, 30 epochs", size=10_000, settings={"epochs": 30, **LONG}),
     "tail": Bed(
-        "CIFAR-10 with a long tail: 50 images of the commonest class for one of the rarest, 16 epochs",
-        tail=1 / 50,
+        "CIFAR-10 with a long tail: 20 images of the commonest class for one of the rarest, 16 epochs",
+        tail=1 / 20,
         settings={"epochs": 16, **LONG},
     ),
-    "ten-20": Bed(
-        "10,000 images of CIFAR-10, 20 % of the labels wrong, 30 epochs",
-        size=10_000,
-        wrong=0.2,
-        settings={"epochs": 30, **LONG},
-    ),
 }
+for percent in (10, 20, 40):
+    BEDS[f"four-{percent}"] = replace(
+        BEDS["four"], what=f"{BEDS['four'].what}, {percent} % of the labels wrong", wrong=percent / 100
+    )

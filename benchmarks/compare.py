@@ -17,7 +17,6 @@ import hashlib
 import json
 import math
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -28,7 +27,7 @@ import rules
 import torch
 from beds import BEDS, Bed, Split, ast
 from compact import compact, recipe
-from scipy.stats import t as student
+from evidence import half_width
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "compare"
@@ -42,6 +41,7 @@ class Policy:
 
     settings: dict = field(default_factory=dict)
     gate: Callable | None = None  # (config, split, score) -> gate
+    trainer: type[ast.AdaptiveSparseTrainer] = ast.AdaptiveSparseTrainer
 
 
 def before_loader(rule: type, **options: object) -> Callable:
@@ -72,6 +72,9 @@ KINDS: dict[str, Policy] = {
     "curriculum": Policy({}, before_loader(rules.Curriculum)),
     # Active learning's margin between the two likeliest classes (Scheffer et al. 2001), remembered.
     "margin": Policy({"significance": "margin"}),
+    # A step at half resolution for what is skipped; chosen by significance, or by chance.
+    "shrink": Policy({}, trainer=rules.Shrinking),
+    "random-shrink": Policy({"gate": "random"}, trainer=rules.Shrinking),
 }
 
 
@@ -99,7 +102,7 @@ def policy(name: str, bed: Bed) -> Policy:
         settings |= {"epochs": math.ceil(float(share) * bed.settings["epochs"] - 1e-9)}
     elif share:
         settings |= {"target_activation": float(share)}
-    return Policy(settings | changes, made.gate)
+    return Policy(settings | changes, made.gate, made.trainer)
 
 
 def build(bed: Bed, chosen: Policy, seed: int, split: Split) -> ast.AdaptiveSparseTrainer:
@@ -111,7 +114,7 @@ def build(bed: Bed, chosen: Policy, seed: int, split: Split) -> ast.AdaptiveSpar
     optimizer, criterion = recipe(settings, model)
     config = ast.ASTConfig.from_settings(settings)
     gate = chosen.gate and chosen.gate(config, split, lambda images, labels: trainer.score(images, labels))  # noqa: PLW0108
-    trainer = ast.AdaptiveSparseTrainer(
+    trainer = chosen.trainer(
         model,
         ast.ArraySource(split.images, split.labels, CPU, settings.batch_size, ast.augment),
         ast.ArraySource(split.judge_images, split.judge_labels, CPU, settings.batch_size, ast.plain_view),
@@ -231,10 +234,3 @@ class Comparison:
         """Of the 95 % interval of the paired difference of two policies over seeds 0 up, points."""
         pairs = [self.run(a, seed)["accuracy"] - self.run(b, seed)["accuracy"] for seed in range(count)]
         return half_width(pairs)
-
-
-def half_width(values: list[float]) -> float:
-    """Half the 95 % interval of the mean, by Student's t; infinite for one value."""
-    if len(values) < 2:
-        return math.inf
-    return float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))

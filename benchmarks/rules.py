@@ -5,11 +5,13 @@ state_dict() and load_state_dict(state); `needs_views` says that it looks at aug
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from beds import ast
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class Shuffled(ast.RememberedGate):
@@ -81,6 +83,53 @@ class Curriculum(ast.RememberedGate):
         easiest = self.memory.rank(candidates).argsort()[: math.ceil(share * len(candidates))]
         rate = target * len(candidates) / len(easiest)
         return self.chance.select(candidates[easiest], min(1.0, rate), generator)
+
+
+class Shrinking(ast.AdaptiveSparseTrainer):
+    """Gives each skipped sample a step at half resolution, a quarter of the FLOPs, instead of none.
+
+    Progressive resizing (Howard 2018; Touvron et al. 2019, FixRes), here by sample. Shrunk samples are not
+    remembered: their losses are on another scale.
+    """
+
+    def _train_epoch(self) -> None:
+        self.aside = torch.empty(0, dtype=torch.int64)
+        super()._train_epoch()
+
+    def _offer(self, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        chosen, weights = super()._offer(candidates)
+        skipped = candidates[~torch.isin(candidates, chosen)]
+        self.aside = torch.cat([self.aside, skipped])
+        return chosen, weights
+
+    def _batches(self, plan: ast.Plan) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        for batch in super()._batches(plan):
+            yield batch
+            while len(self.aside) >= plan.batch_size:
+                yield self._shrunk(plan.batch_size)
+        if len(self.aside) > 1:
+            yield self._shrunk(len(self.aside))
+
+    def _shrunk(self, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        indices, self.aside = self.aside[:count], self.aside[count:]
+        _, images, labels = next(self.train_source.stream([indices]))
+        self.side = images.shape[-1]
+        small = F.interpolate(images, scale_factor=0.5, mode="bilinear", antialias=True)
+        return indices, torch.ones(count), small.contiguous(memory_format=torch.channels_last), labels
+
+    def _step(self, indices: Tensor, weights: Tensor, images: Tensor, labels: Tensor) -> None:
+        self.shrunk = hasattr(self, "side") and images.shape[-1] < self.side
+        unread = len(self.unread)
+        super()._step(indices, weights, images, labels)
+        if self.shrunk:
+            del self.unread[unread:]
+
+    def _count(self, samples: int) -> None:
+        if not self.shrunk:
+            return super()._count(samples)
+        self.ledger.accounts[self.schedule.phase(len(self.rows))].flops += (
+            samples * self.flops["training"] / 4
+        )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,201 @@
+"""Tables and figures from the finished runs of compare.py.
+
+    python benchmarks/evidence.py        # docs/frontier_*.png and docs/savings_*.png, for every bed
+
+`docs/make_docs.py` takes the tables from here into docs/evidence.md and README.md.
+"""
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy.stats import t as student
+
+ROOT = Path(__file__).parents[1]
+RUNS = ROOT / "benchmarks" / "results" / "compare"
+MARGIN = 0.3  # points below full's accuracy that still count as not inferior; fixed before any run
+SHARES = (0.90, 0.95, 0.99, 1.00)  # of full's accuracy, for the time to reach it
+
+
+def half_width(values: list[float]) -> float:
+    """Half the 95 % interval of the mean, by Student's t; infinite for one value."""
+    if len(values) < 2:
+        return math.inf
+    return float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def load(bed: str, judged: str = "test") -> dict[str, dict[int, dict]]:
+    """Finished runs of a bed, by policy and seed; `judged` is test or held_out."""
+    runs: dict[str, dict[int, dict]] = defaultdict(dict)
+    for file in sorted((RUNS / judged / bed).glob("*.json")):
+        run = json.loads(file.read_text(encoding="utf-8"))
+        runs[run["policy"]][run["seed"]] = run
+    return dict(runs)
+
+
+@dataclass
+class Gap:
+    """A paired difference: its mean, half its 95 % interval, and the number of seeds."""
+
+    mean: float
+    half: float
+    seeds: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.2f} ± {self.half:.2f}" if self.seeds > 1 else f"{self.mean:+.2f} (1 seed)"
+
+
+def gap(runs: dict, policy: str, rival: str, key: str = "accuracy") -> Gap | None:
+    """`policy` minus `rival` over the seeds that both have; None without such."""
+    shared = runs.get(policy, {}).keys() & runs.get(rival, {}).keys()
+    if not shared or policy == rival:
+        return None
+    pairs = [runs[policy][seed][key] - runs[rival][seed][key] for seed in sorted(shared)]
+    return Gap(statistics.mean(pairs), half_width(pairs), len(pairs))
+
+
+def mean(runs: dict[int, dict], key: str) -> float:
+    return statistics.mean(run[key] for run in runs.values())
+
+
+def rival_of(policy: str) -> str:
+    """Random selection with the same phases at the same rate."""
+    share = policy.partition(":")[0].partition("@")[2]
+    return f"random@{share or 0.2}"
+
+
+def seconds_to(runs: dict, policy: str, share: float) -> float | None:
+    """Mean training seconds until a share of full's final accuracy; None where a seed never gets there."""
+    times = []
+    for seed, run in runs[policy].items():
+        if seed not in runs.get("full", {}):
+            continue
+        goal = share * runs["full"][seed]["accuracy"]
+        reached = [seconds for seconds, accuracy in run["curve"] if accuracy >= goal]
+        if not reached:
+            return None
+        times.append(reached[0])
+    return statistics.mean(times) if times else None
+
+
+def table(bed: str, judged: str = "test") -> str:
+    """Accuracy and cost of every policy, dearest first, as markdown."""
+    runs = load(bed, judged)
+    head = (
+        "| policy | seeds | accuracy, % | worst class | minus `random` at its rate | minus `full` | "
+        "activated | FLOPs ÷ full's | training s | total s |"
+    )
+    rows = [head, "|" + "---|" * 10]
+    for name, own in sorted(runs.items(), key=lambda item: -mean(item[1], "cost")):
+        accuracies = [run["accuracy"] for run in own.values()]
+        width = f" ± {half_width(accuracies):.2f}" if len(own) > 1 else ""
+        against, full = gap(runs, name, rival_of(name)), gap(runs, name, "full")
+        if name.startswith(("full", "short", "rs2")):
+            against = None
+        verdict = ""
+        if full and full.seeds > 1:
+            verdict = " (not inferior)" if full.mean - full.half > -MARGIN else ""
+        rows.append(
+            f"| {name} | {len(own)} | {statistics.mean(accuracies):.2f}{width} | "
+            f"{mean(own, 'worst_class'):.1f} | {against or '-'} | {full or '-'}{verdict} | "
+            f"{mean(own, 'activation_rate'):.3f} | {mean(own, 'cost'):.3f} | "
+            f"{mean(own, 'train_seconds'):.0f} | {mean(own, 'total_seconds'):.0f} |"
+        )
+    return "\n".join(rows)
+
+
+def times(bed: str) -> str:
+    """Training seconds until shares of full's accuracy, as markdown."""
+    runs = load(bed)
+    rows = ["| policy | " + " | ".join(f"{share:.0%}" for share in SHARES) + " |", "|" + "---|" * 5]
+    for name in sorted(runs, key=lambda name: -mean(runs[name], "cost")):
+        cells = [seconds_to(runs, name, share) for share in SHARES]
+        rows.append(f"| {name} | " + " | ".join("never" if c is None else f"{c:.0f} s" for c in cells) + " |")
+    return "\n".join(rows)
+
+
+def where(bed: str, judged: str = "test") -> str:
+    """Machine, days, programs and sensors of a bed's runs, in one sentence."""
+    runs = [run for own in load(bed, judged).values() for run in own.values()]
+    if not runs:
+        return "Nothing measured yet."
+    one = {key: ", ".join(sorted({str(run[key]) for run in runs})) for key in ("device", "torch", "date")}
+    programs = ", ".join(sorted({run["program"] for run in runs}))
+    joules = ", ".join(sorted({run["joules_method"] for run in runs}))
+    return (
+        f"{len(runs)} runs on {one['device']}, torch {one['torch']}, {one['date']}; judged on "
+        f"{runs[0]['judged_on']}; joules: {joules}; program {programs}."
+    )
+
+
+def saving_at_equal_accuracy(runs: dict, policy: str) -> float | None:
+    """Share of the FLOPs that `policy` saves against plain training cut to the same accuracy, percent.
+
+    Plain training's accuracy at any cost is interpolated between `full` and the `short` runs; None outside.
+    """
+    plain = [(mean(own, "cost"), mean(own, "accuracy")) for n, own in runs.items() if is_plain(n)]
+    if len(plain) < 2:
+        return None
+    costs, accuracies = (np.array(column) for column in zip(*sorted(plain), strict=True))
+    accuracies = np.maximum.accumulate(accuracies)
+    accuracy = mean(runs[policy], "accuracy")
+    if not accuracies[0] <= accuracy <= accuracies[-1]:
+        return None
+    return 100 * (1 - mean(runs[policy], "cost") / float(np.interp(accuracy, accuracies, costs)))
+
+
+def is_plain(policy: str) -> bool:
+    return policy.startswith(("full", "short"))
+
+
+def colour(policy: str) -> str:
+    families = {"ast": "C0", "random": "C7", "rs2": "C7", "full": "k", "short": "k", "shuffled": "C3"}
+    return families.get(policy.partition("@")[0].partition(":")[0], "C1")
+
+
+def frontier(axis: Axes, runs: dict) -> None:
+    """Accuracy against training seconds, with 95 % intervals; plain training as a line."""
+    for name, own in runs.items():
+        accuracies = [run["accuracy"] for run in own.values()]
+        width = half_width(accuracies) if len(own) > 1 else 0
+        x, y = mean(own, "train_seconds"), statistics.mean(accuracies)
+        axis.errorbar(x, y, yerr=width, fmt="o", ms=4, color=colour(name), lw=1)
+        axis.annotate(name, (x, y), fontsize=6, xytext=(4, 2), textcoords="offset points")
+    plain = sorted(
+        (mean(own, "train_seconds"), mean(own, "accuracy")) for n, own in runs.items() if is_plain(n)
+    )
+    axis.plot(*zip(*plain, strict=True), color="k", lw=0.8, ls=":")
+    axis.set_xlabel("training seconds, scoring included")
+    axis.set_ylabel("accuracy, %")
+    axis.grid(alpha=0.2)
+
+
+def savings(axis: Axes, runs: dict) -> None:
+    """FLOPs saved against plain training cut to the same accuracy, a bar a policy."""
+    found = {n: saving_at_equal_accuracy(runs, n) for n in runs if not is_plain(n)}
+    known = sorted((value, name) for name, value in found.items() if value is not None)
+    axis.barh([name for _, name in known], [value for value, _ in known], color=[colour(n) for _, n in known])
+    axis.axvline(0, color="k", lw=0.8)
+    axis.set_xlabel("FLOPs saved against plain training cut to the same accuracy, %")
+    axis.tick_params(axis="y", labelsize=7)
+    axis.grid(axis="x", alpha=0.2)
+
+
+def main() -> None:
+    """Draws both figures of every bed that has runs judged on test images."""
+    for folder in sorted((RUNS / "test").glob("*")):
+        runs = load(folder.name)
+        for draw in (frontier, savings):
+            figure = Figure(figsize=(8, 5), layout="constrained")
+            draw(figure.subplots(), runs)
+            figure.savefig(ROOT / "docs" / f"{draw.__name__}_{folder.name}.png", dpi=90)
+
+
+if __name__ == "__main__":
+    main()

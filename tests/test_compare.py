@@ -1,0 +1,230 @@
+"""The comparison: its beds, its rules, and its books."""
+
+import json
+import math
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import beds
+import compare
+import evidence
+import rules
+
+ast = beds.ast
+PER_CLASS, TESTED = 120, 20
+
+
+@pytest.fixture
+def data(monkeypatch):
+    """Noise in the shape of CIFAR-10, and a held-out part to match."""
+    monkeypatch.setattr(beds, "HELD_OUT", 200)
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(10), PER_CLASS)
+    tested = np.repeat(np.arange(10), TESTED)
+    images = rng.integers(0, 256, (len(labels) + len(tested), 32, 32, 3), dtype=np.uint8)
+    trained, judges = images[: len(labels)], images[len(labels) :]
+    classes = [str(i) for i in range(10)]
+    return ast.ImageData("noise", True, classes, trained, labels, judges, tested, "a test")
+
+
+def rows(images):
+    return {image.tobytes() for image in images}
+
+
+# --- beds ---
+
+
+@pytest.mark.parametrize("name", beds.BEDS)
+def test_what_judges_the_search_is_never_trained_on_nor_tested(data, name):
+    bed = replace(beds.BEDS[name], size=min(beds.BEDS[name].size, 500))
+    searched, final = bed.split(data, held_out=True), bed.split(data, held_out=False)
+    assert len(rows(searched.judge_images)) == 200 // len(bed.classes) * len(bed.classes)
+    assert not rows(searched.judge_images) & rows(searched.images)
+    assert rows(final.judge_images) <= rows(data.val_images)
+    assert not rows(searched.judge_images) & rows(final.judge_images)
+    assert torch.bincount(searched.judge_labels).unique().numel() == 1, "as many of each class"
+    assert searched.labels.unique().tolist() == list(range(len(bed.classes)))
+    again = bed.split(data, held_out=True)
+    assert (again.images == searched.images).all()
+    assert torch.equal(again.labels, searched.labels)
+
+
+def test_a_tail_thins_the_classes_one_after_the_other(data):
+    counts = torch.bincount(beds.BEDS["tail"].split(data, held_out=False).labels).tolist()
+    assert counts[0] == PER_CLASS
+    assert counts == sorted(counts, reverse=True)
+    assert counts[-1] == int(PER_CLASS / 20)
+
+
+@pytest.mark.parametrize("percent", [10, 20, 40])
+def test_wrong_labels_are_as_many_as_said_and_never_right(data, percent):
+    split = beds.BEDS[f"four-{percent}"].split(data, held_out=False)
+    assert int((split.labels != split.truth).sum()) == percent * len(split.labels) // 100
+    clean = beds.BEDS["four"].split(data, held_out=False)
+    assert torch.equal(split.truth, clean.labels)
+    assert torch.equal(split.judge_labels, clean.judge_labels)
+
+
+# --- rules ---
+
+
+def seen(gate, losses):
+    gate.observe(torch.arange(len(losses)), losses)
+    return gate
+
+
+def test_infobatch_drops_among_the_easy_alone_and_keeps_the_gradient_unbiased(generator):
+    losses = torch.cat([torch.full((600,), 0.1), torch.full((400,), 2.0)])
+    gate = seen(rules.InfoBatch(ast.ASTConfig(), 1000), losses)
+    kept, weights = gate.select(torch.arange(1000), 0.5, generator)
+    hard = kept >= 600
+    assert int(hard.sum()) == 400
+    assert (weights[hard] == 1).all()
+    assert (weights[~hard] == 2).all()
+    assert float(weights.sum()) == pytest.approx(1000, rel=0.1)
+
+
+def test_selective_backprop_keeps_the_share_asked_for_and_prefers_the_hard(generator):
+    gate = rules.SelectiveBackprop(ast.ASTConfig(gate="live"), lambda images, labels: images[:, 0])
+    kept = []
+    for _ in range(60):
+        scores = torch.rand(200, 1, generator=generator)
+        views = ast.Views(torch.arange(200), scores, torch.zeros(200))
+        kept.append(scores[gate.select(views, 0.25, generator)[0], 0])
+    assert len(torch.cat(kept[20:])) / (40 * 200) == pytest.approx(0.25, abs=0.03)
+    assert float(torch.cat(kept[20:]).mean()) > 0.7
+
+
+def test_the_curriculum_begins_with_the_easy_and_ends_with_all(generator):
+    gate = seen(rules.Curriculum(ast.ASTConfig(epochs=10), 1000), torch.rand(1000, generator=generator))
+    first, _ = gate.select(torch.arange(1000), 0.2, generator)
+    assert len(first) == 200
+    assert float(gate.memory.rank(first).max()) <= 0.41
+    gate.clock = 8.0
+    last, _ = gate.select(torch.arange(1000), 0.2, generator)
+    assert len(last) == 200
+    assert float(gate.memory.rank(last).max()) > 0.9
+
+
+def test_shuffled_scores_keep_the_rate_and_choose_by_chance(generator):
+    gate = seen(rules.Shuffled(ast.ASTConfig(temperature=0.05), 2000), torch.arange(2000.0))
+    kept, _ = gate.select(torch.arange(2000), 0.3, generator)
+    assert len(kept) == pytest.approx(600, abs=1)
+    assert float(kept.float().mean()) == pytest.approx(1000, abs=60)
+
+
+@pytest.mark.parametrize("target", [0.1, 0.4])
+def test_the_turned_gate_with_no_knob_turned_is_the_kits_own_but_for_its_default_knobs(generator, target):
+    config, losses = ast.ASTConfig(), torch.rand(1000, generator=generator)
+    ours = seen(ast.RememberedGate(config, 1000), losses)
+    turned = seen(rules.Turned(config, 1000, rules.Knobs(), torch.zeros(1000)), losses)
+    for clock in (0.0, 30.0):
+        ours.clock = turned.clock = clock
+        candidates = torch.randperm(1000, generator=generator)[:400]
+        mine, weights = ours.select(candidates, target, generator)
+        theirs, their_weights = turned.select(candidates, target, generator)
+        assert len(set(mine.tolist()) & set(theirs.tolist())) >= len(mine) - 2
+        torch.testing.assert_close(weights.sort().values, their_weights.sort().values, atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize("knob", [{"by_value": True}, {"per_class": 0.5}, {"ageing": 0.3}, {"floor": 0.0}])
+def test_a_turned_gate_keeps_the_rate(generator, knob):
+    labels = torch.arange(1000) % 4
+    gate = rules.Turned(ast.ASTConfig(), 1000, rules.Knobs(**knob), labels)
+    seen(gate, torch.rand(1000, generator=generator) + labels)
+    kept, weights = gate.select(torch.randperm(1000, generator=generator), 0.2, generator)
+    assert len(kept) == pytest.approx(200, abs=2)
+    assert float(weights.mean()) == pytest.approx(1)
+
+
+# --- runs and their files ---
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path, data):
+    """A bed of two epochs, and results that go into a temporary folder."""
+    settings = {**beds.BEDS["four"].settings, "epochs": 2, "batch_size": 32}
+    monkeypatch.setitem(compare.BEDS, "tiny", replace(beds.BEDS["four"], size=160, settings=settings))
+    monkeypatch.setattr(compare, "RESULTS", tmp_path)
+    return compare.Comparison("tiny", data, held_out=False)
+
+
+@pytest.mark.parametrize("kind", sorted(compare.KINDS))
+def test_every_policy_runs_and_its_books_are_complete(tiny, kind):
+    name = f"{kind}@0.5"
+    found = tiny.run(name, 0)
+    (file,) = compare.RESULTS.glob("test/tiny/*.json")
+    assert json.loads(file.read_text()) == found
+    assert found["program"] == tiny.program
+    assert found["flops"] > 0
+    assert 0 <= found["worst_class"] <= found["accuracy"] <= 100
+    assert found["curve"][-1][1] == found["accuracy"]
+    if kind in ("full", "short", "rs2"):
+        assert found["cost"] == pytest.approx({"full": 1.0}.get(kind, 0.5))
+    assert f"--policies {name} --seeds 0" in found["command"]
+
+
+def test_a_finished_run_is_not_repeated_and_an_unfinished_one_is(tiny, monkeypatch):
+    made = []
+
+    def measure(*_):
+        made.append(1)
+        return {"accuracy": 50.0 + len(made), "cost": 1.0, "train_seconds": 1.0}
+
+    monkeypatch.setattr(compare, "measure", measure)
+    tiny.run_all(["full", "ast"], [0, 1])
+    assert len(made) == 4
+    tiny.run_all(["full", "ast"], [0, 1])
+    assert len(made) == 4
+    next(compare.RESULTS.glob("test/tiny/ast-1.json")).unlink()
+    tiny.run_all(["full", "ast"], [0, 1])
+    assert len(made) == 5
+
+
+@pytest.mark.parametrize("name", ["nothing@0.2", "ast@0.2:floor=0"])
+def test_an_unknown_policy_is_refused_in_a_sentence(name):
+    with pytest.raises(SystemExit, match="expected one of"):
+        compare.policy(name, beds.BEDS["four"])
+
+
+# --- what is said about them ---
+
+
+def of(accuracies, cost=0.5, curve=()):
+    keys = {"worst_class": 80.0, "activation_rate": 0.5, "total_seconds": 9.0, "curve": list(curve)}
+    return {
+        seed: {"accuracy": value, "cost": cost, "train_seconds": 10 * cost, **keys}
+        for seed, value in enumerate(accuracies)
+    }
+
+
+def test_an_interval_is_students_own():
+    assert evidence.half_width([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / math.sqrt(3))
+    assert evidence.half_width([1.0]) == math.inf
+
+
+def test_a_gap_is_paired_over_the_seeds_that_both_have():
+    runs = {"a": of([91.0, 93.0, 95.0]), "b": of([90.0, 92.0])}
+    found = evidence.gap(runs, "a", "b")
+    assert (found.mean, found.half, found.seeds) == (1.0, 0.0, 2)
+    assert evidence.gap(runs, "a", "c") is None
+
+
+def test_saving_is_against_plain_training_of_the_same_accuracy():
+    runs = {"full": of([96.0], 1.0), "short@0.5": of([94.0], 0.5), "ast@0.2": of([95.0], 0.3)}
+    assert evidence.saving_at_equal_accuracy(runs, "ast@0.2") == pytest.approx(100 * (1 - 0.3 / 0.75))
+    runs["ast@0.2"] = of([97.0], 0.3)
+    assert evidence.saving_at_equal_accuracy(runs, "ast@0.2") is None
+
+
+def test_the_time_to_a_share_of_fulls_accuracy_needs_every_seed():
+    runs = {"full": of([90.0, 90.0]), "ast": of([90.0, 90.0], curve=[(1.0, 80.0), (2.0, 89.5)])}
+    assert evidence.seconds_to(runs, "ast", 0.9) == 2.0
+    assert evidence.seconds_to(runs, "ast", 0.88) == 1.0
+    assert evidence.seconds_to(runs, "ast", 1.0) is None
