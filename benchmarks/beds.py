@@ -74,6 +74,12 @@ LONG = {"label_smoothing": 0.0, "lr": 0.2, "batch_size": 128, "weight_decay": 4e
 APART = (1, 6, 7, 8)  # automobile, frog, horse, ship
 BEDS: dict[str, Bed] = {
     "four": Bed("four well-separated classes of CIFAR-10, 16 epochs", APART, settings={"epochs": 16, **LONG}),
+    "quick": Bed(
+        "4,000 images of four well-separated classes of CIFAR-10, 16 epochs",
+        APART,
+        size=4000,
+        settings={"epochs": 16, **LONG},
+    ),
     "ten": Bed("10,000 images of CIFAR-10, 30 epochs", size=10_000, settings={"epochs": 30, **LONG}),
     "tail": Bed(
         "CIFAR-10 with a long tail: 20 images of the commonest class for one of the rarest, 16 epochs",

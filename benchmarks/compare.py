@@ -13,10 +13,12 @@ A policy's name may end in settings (`ast@0.2:temperature=0.1,weight_gamma=0`), 
 On a bed that is judged on held-out training images (--held-out) the test images are never looked at.
 """
 
+import argparse
 import hashlib
 import json
 import math
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -32,7 +34,8 @@ from evidence import half_width
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "compare"
 CPU = torch.device("cpu")
-MOST_SEEDS, ENOUGH = 20, 0.15  # points, the half-width at which the headline rows stop adding seeds
+AT_LEAST, AT_MOST = 5, 20  # seeds of the headline rows
+ENOUGH = 0.15  # points, the half-width of a paired interval at which no more seeds are added
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,6 @@ def after_loader(rule: type) -> Callable:
     return lambda config, split, score: rule(config, score)
 
 
-NO_PHASES = {"warmup_epochs": 0, "ramp_epochs": 0, "anneal_epochs": 0}
 KINDS: dict[str, Policy] = {
     # Plain training; `short@c` has the share c of the epochs, its learning rate rescaled to them.
     "full": Policy({"gate": "full"}),
@@ -218,19 +220,86 @@ class Comparison:
         return found
 
     def run_all(self, names: list[str], seeds: Iterable[int], rivals: dict[str, str] | None = None) -> None:
-        """Every policy, seed by seed, in an order that turns; stops once all `rivals` are told apart."""
+        """Every policy, seed by seed, in an order that turns. With `rivals`, pairs of policies, all run for
+        AT_LEAST seeds, and then those pairs whose difference is not yet known to ENOUGH."""
+        wide = list((rivals or {}).items())
         for count, seed in enumerate(seeds):
-            turn = count % len(names)
-            for name in names[turn:] + names[:turn]:
+            wanted = names
+            if rivals is not None and count >= AT_LEAST:
+                wide = [pair for pair in wide if self.half_width(*pair, count) > ENOUGH]
+                wanted = [name for name in names if any(name in pair for pair in wide)]
+            turn = count % max(1, len(wanted))
+            for name in wanted[turn:] + wanted[:turn]:
                 self.run(name, seed)
-            if (
-                rivals
-                and count + 1 >= 5
-                and all(self.half_width(a, b, count + 1) <= ENOUGH for a, b in rivals.items())
-            ):
-                return
 
     def half_width(self, a: str, b: str, count: int) -> float:
         """Of the 95 % interval of the paired difference of two policies over seeds 0 up, points."""
         pairs = [self.run(a, seed)["accuracy"] - self.run(b, seed)["accuracy"] for seed in range(count)]
         return half_width(pairs)
+
+
+# Every rule at the same rate; `short` and `rs2` at what AST's warm-up, ramp and anneal make of that rate.
+RULES = [
+    "full",
+    "short@0.4375",
+    "rs2@0.425",
+    "random@0.2",
+    "ast@0.2",
+    "shuffled@0.2",
+    "infobatch",
+    "selective-backprop@0.2",
+    "original@0.2",
+    "live@0.2",
+    "proxy@0.2",
+    "curriculum@0.2",
+    "margin@0.2",
+    "ast@0.2:weight_gamma=0",
+    "ast@0.2:weight_gamma=1",
+    "ast@0.2:anneal_epochs=0",
+]
+RATES = ["short@0.375", "short@0.625", "random@0.1", "ast@0.1", "random@0.4", "ast@0.4"]
+NOISY = ["full", "random@0.2", "ast@0.2"]
+FULL = {
+    "four": RULES + RATES,
+    "tail": RULES + RATES,
+    "ten": ["full", "short@0.4375", "random@0.2", "ast@0.2", "infobatch", "proxy@0.2"],
+    **{f"four-{percent}": NOISY for percent in (10, 20, 40)},
+}
+RIVALS = {f"ast@{rate}": f"random@{rate}" for rate in (0.4, 0.2, 0.1)}
+
+
+def main() -> None:
+    """Runs what is asked for and not yet finished."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--data", default="cifar10", help="CIFAR-10: a path, or cifar10 to search for it")
+    parser.add_argument(
+        "--bed", choices=[*BEDS], help="one test bed; all that --quick or --full name if left out"
+    )
+    parser.add_argument("--policies", help="with commas between them; those of --quick or --full if left out")
+    parser.add_argument("--seeds", default="", help="with commas between them; 0 up if left out")
+    parser.add_argument("--held-out", action="store_true", help="judge on held-out training images")
+    parser.add_argument("--quick", action="store_true", help="every rule on 4,000 images, two seeds")
+    parser.add_argument("--full", action="store_true", help="the headline rows")
+    given = parser.parse_args()
+    if not (given.quick or given.full or (given.bed and given.policies)):
+        parser.error("expected --quick, --full, or --bed with --policies")
+    plan = {"quick": RULES} if given.quick else FULL
+    beds = {given.bed: plan.get(given.bed, RULES)} if given.bed else plan
+    seeds = [int(seed) for seed in given.seeds.split(",") if seed] or range(2 if given.quick else AT_MOST)
+    ast.keep_freed_memory()
+    data = ast.load_data(ast.replace(ast.Settings(), data=given.data, data_dir="data"), print)
+    for bed, names in beds.items():
+        chosen = split_names(given.policies) if given.policies else names
+        rivals = {a: b for a, b in RIVALS.items() if {a, b} <= {*chosen}}
+        Comparison(bed, data, given.held_out).run_all(chosen, seeds, rivals if given.full else None)
+
+
+def split_names(text: str) -> list[str]:
+    """Names of policies out of one text; a comma before `setting=` belongs to the policy before it."""
+    return re.split(r",(?!\w+=)", text)
+
+
+if __name__ == "__main__":
+    main()

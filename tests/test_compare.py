@@ -187,6 +187,33 @@ def test_a_finished_run_is_not_repeated_and_an_unfinished_one_is(tiny, monkeypat
     assert len(made) == 5
 
 
+def test_seeds_are_added_until_the_rivals_are_told_apart(tiny, monkeypatch):
+    spread = iter(range(10_000))
+    noise = {"ast@0.2": lambda: next(spread) % 2 * 3.0, "random@0.2": lambda: 0.0, "full": lambda: 0.0}
+    asked = []
+
+    def run(name, seed):
+        if not any(key == (name, seed) for key, _ in asked):
+            asked.append(((name, seed), {"accuracy": noise[name]()}))
+        return dict(asked)[name, seed]
+
+    monkeypatch.setattr(tiny, "run", run)
+    tiny.run_all(["full", "ast@0.2", "random@0.2"], range(20), {"ast@0.2": "random@0.2"})
+    seeds = [seed for (name, seed), _ in asked if name == "ast@0.2"]
+    assert seeds == list(range(20)), "too noisy to be told apart: all the seeds there are"
+    assert [seed for (name, seed), _ in asked if name == "full"] == list(range(5))
+    asked.clear()
+    noise["ast@0.2"] = lambda: 1.0
+    tiny.run_all(["full", "ast@0.2", "random@0.2"], range(20), {"ast@0.2": "random@0.2"})
+    assert {seed for (_, seed), _ in asked} == set(range(5))
+
+
+def test_names_are_split_at_commas_that_end_a_policy():
+    text = "full,ast@0.2:temperature=0.1,weight_gamma=0,turned@0.2:floor=0,random@0.2"
+    parts = ["full", "ast@0.2:temperature=0.1,weight_gamma=0", "turned@0.2:floor=0", "random@0.2"]
+    assert compare.split_names(text) == parts
+
+
 @pytest.mark.parametrize("name", ["nothing@0.2", "ast@0.2:floor=0"])
 def test_an_unknown_policy_is_refused_in_a_sentence(name):
     with pytest.raises(SystemExit, match="expected one of"):
