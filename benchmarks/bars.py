@@ -1,7 +1,7 @@
 """Measures what the kit must reach, as ratios within one process, and writes benchmarks/results/<name>.json.
 
     python benchmarks/bars.py engine feed device control gate dashboard --data path/to/cifar10
-    python benchmarks/bars.py notebook                                   # the notebook, unattended
+    python benchmarks/bars.py notebook ledger                            # the notebook, unattended; FLOPs
     python benchmarks/bars.py accuracy speed --data path/to/cifar10      # an hour on two cores; resumable
 
 Run it on an otherwise idle machine. `accuracy` and `speed` need real CIFAR-10; the others time or count and
@@ -10,6 +10,7 @@ take any data of that shape (`--data shapes` will do, and is called synthetic in
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import json
 import os
@@ -309,6 +310,48 @@ def notebook() -> dict:
     }
 
 
+def conv(side: int, inputs: int, outputs: int, kernel: int = 3) -> float:
+    """FLOPs of a convolution with `side` x `side` outputs: two for every multiply and add."""
+    return 2.0 * side**2 * inputs * outputs * kernel**2
+
+
+def by_hand() -> dict[str, tuple[torch.nn.Module, int, list[float]]]:
+    """Model, image side, and the FLOPs of each layer forward, written down from the papers' tables."""
+    import torchvision
+
+    simple = [conv(32, 3, 32), conv(16, 32, 64), conv(8, 64, 128), 2.0 * 2048 * 256, 2.0 * 256 * 10]
+    residual = [conv(32, 3, 32)]
+    for side, inputs, outputs in ((16, 32, 64), (8, 64, 128), (4, 128, 256)):
+        residual += [conv(side, inputs, outputs), conv(side, outputs, outputs), conv(side, outputs, outputs)]
+    residual.append(2.0 * 256 * 10)
+    resnet18 = [conv(112, 3, 64, 7), *[conv(56, 64, 64)] * 4]  # He et al. 2016, table 1
+    for side, inputs, outputs in ((28, 64, 128), (14, 128, 256), (7, 256, 512)):
+        resnet18 += [conv(side, inputs, outputs), *[conv(side, outputs, outputs)] * 3]
+        resnet18.append(conv(side, inputs, outputs, 1))
+    resnet18.append(2.0 * 512 * 1000)
+    return {
+        "simple_cnn": (ast.simple_cnn(10), 32, simple),
+        "resnet": (ast.resnet(10), 32, residual),
+        "resnet18": (torchvision.models.resnet18(), 224, resnet18),
+    }
+
+
+def ledger() -> dict:
+    """FLOPs that the ledger counts ÷ FLOPs by hand, forward and with the backward pass.
+
+    Backward costs twice the forward pass, but for the first layer, whose input needs no gradient.
+    """
+    ratios = {}
+    for name, (model, side, layers) in by_hand().items():
+        expected = {"forward": sum(layers), "training": 3 * sum(layers) - layers[0]}
+        for mode, flops in expected.items():
+            counted, _ = ast.flops_per_sample(
+                model, torch.zeros(2, 3, side, side), mode == "training", contextlib.nullcontext
+            )
+            ratios[f"{name} {mode}"] = counted / flops
+    return {"counted_by_hand": ratios, "reach": "0.99 to 1.01"}
+
+
 def accuracy(data_path: str, seeds: str) -> dict:
     """Final accuracy at a mean activation of 0.104, beside random selection of as many samples."""
     out = str(ROOT / "runs" / "bars-accuracy")
@@ -358,7 +401,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("measures", nargs="+", choices=[*measures, "notebook", "accuracy", "speed"])
+    parser.add_argument("measures", nargs="+", choices=[*measures, "notebook", "ledger", "accuracy", "speed"])
     parser.add_argument("--data", default="shapes", help="shapes, cifar10 or a path")
     parser.add_argument("--seeds", default="0,1,2")
     options = parser.parse_args()
@@ -370,8 +413,8 @@ def main() -> None:
                 ast.let_device_decide(ast.replace(ast.Settings(), data=options.data))[0], print
             )
             found = measures[name](data) | {"dataset": data.name, "synthetic": data.synthetic}
-        elif name == "notebook":
-            found = notebook()
+        elif name in ("notebook", "ledger"):
+            found = {"notebook": notebook, "ledger": ledger}[name]()
         else:
             found = accuracy(options.data, options.seeds) if name == "accuracy" else speed(options.data)
         record(name, found)

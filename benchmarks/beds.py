@@ -27,6 +27,7 @@ class Bed:
     size: int = 0  # training images, evenly from the classes; 0 takes all
     tail: float = 1.0  # images of the rarest class ÷ images of the most frequent
     wrong: float = 0.0  # share of the training labels replaced by another class
+    pretrained: bool = False  # begin with weights trained on the other classes
     settings: dict = field(default_factory=dict)
 
     def split(self, data: ast.ImageData, held_out: bool) -> "Split":
@@ -68,6 +69,7 @@ class Split:
     truth: torch.Tensor
     judge_images: np.ndarray
     judge_labels: torch.Tensor
+    weights: dict[str, torch.Tensor] | None = None  # to begin with, instead of random ones
 
 
 LONG = {"label_smoothing": 0.0, "lr": 0.2, "batch_size": 128, "weight_decay": 4e-4}
@@ -80,6 +82,19 @@ BEDS: dict[str, Bed] = {
         size=4000,
         settings={"epochs": 16, **LONG},
     ),
+    "long": Bed(
+        "5,000 images of four well-separated classes of CIFAR-10, 60 epochs",
+        APART,
+        size=5000,
+        settings={"epochs": 60, **LONG},
+    ),
+    "tuned": Bed(
+        "four well-separated classes of CIFAR-10, fine-tuned 16 epochs from weights trained on the other six",
+        APART,
+        pretrained=True,
+        settings={"epochs": 16, **LONG, "lr": 0.1},
+    ),
+    "four32": Bed("four, 32 epochs", APART, settings={"epochs": 32, **LONG}),
     "ten": Bed("10,000 images of CIFAR-10, 30 epochs", size=10_000, settings={"epochs": 30, **LONG}),
     "tail": Bed(
         "CIFAR-10 with a long tail: 20 images of the commonest class for one of the rarest, 16 epochs",

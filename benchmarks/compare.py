@@ -84,7 +84,7 @@ def policy(name: str, bed: Bed) -> Policy:
     """The policy that `kind@share:setting=value,…` names. Raises SystemExit for an unknown one."""
     head, _, tail = name.partition(":")
     kind, _, share = head.partition("@")
-    changes = {k: json.loads(v) for k, _, v in (item.partition("=") for item in tail.split(",") if tail)}
+    changes = {k: value(v) for k, _, v in (item.partition("=") for item in tail.split(",") if tail)}
     knobs = {k: changes.pop(k) for k in list(changes) if k in {f.name for f in fields(rules.Knobs)}}
     if kind == "turned":
         made = Policy(
@@ -107,12 +107,22 @@ def policy(name: str, bed: Bed) -> Policy:
     return Policy(settings | changes, made.gate, made.trainer)
 
 
+def value(text: str) -> object:
+    """A number, true or false; a word stands for itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 def build(bed: Bed, chosen: Policy, seed: int, split: Split) -> ast.AdaptiveSparseTrainer:
     """A silent trainer of the bed's network and recipe."""
     settings = ast.replace(ast.Settings(), device="cpu", **{**bed.settings, **chosen.settings})
     settings, _ = ast.let_device_decide(settings)
     torch.manual_seed(seed)
     model = compact(len(bed.classes), split.images)
+    if split.weights:
+        model.load_state_dict(model.state_dict() | split.weights)
     optimizer, criterion = recipe(settings, model)
     config = ast.ASTConfig.from_settings(settings)
     gate = chosen.gate and chosen.gate(config, split, lambda images, labels: trainer.score(images, labels))  # noqa: PLW0108
@@ -185,12 +195,29 @@ def keep(file: Path, found: dict) -> None:
     os.replace(part.name, file)
 
 
+def pretrained(data: ast.ImageData, bed: Bed) -> dict[str, torch.Tensor]:
+    """Weights of plain training on the classes that `bed` leaves out, its last layer aside; made once."""
+    others = tuple(c for c in range(10) if c not in bed.classes)
+    known = Bed("the other classes", others, settings={**bed.settings, "epochs": 10, "lr": 0.2})
+    file = ROOT / "runs" / f"pretrained-{'-'.join(map(str, others))}.pt"
+    if not file.exists():
+        trainer = build(known, KINDS["full"], 0, known.split(data, held_out=True))
+        trainer.train()
+        file.parent.mkdir(exist_ok=True)
+        torch.save(trainer.model.state_dict(), file)
+    weights = torch.load(file, weights_only=True)
+    last = next(reversed(weights))
+    return {name: value for name, value in weights.items() if name != last}
+
+
 class Comparison:
     """The runs of one bed."""
 
     def __init__(self, bed: str, data: ast.ImageData, held_out: bool):
         self.name, self.bed, self.held_out = bed, BEDS[bed], held_out
         self.split = self.bed.split(data, held_out)
+        if self.bed.pretrained:
+            self.split.weights = pretrained(data, self.bed)
         self.program = hashlib.sha256(Path(ast.__file__).read_bytes()).hexdigest()[:12]
 
     def run(self, name: str, seed: int) -> dict:

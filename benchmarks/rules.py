@@ -6,7 +6,7 @@ state_dict() and load_state_dict(state); `needs_views` says that it looks at aug
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from beds import ast
@@ -72,7 +72,7 @@ class Curriculum(ast.RememberedGate):
     easiest samples, a share that grows from twice the target to all over the first 60 % of the epochs."""
 
     def __init__(self, config: ast.ASTConfig, n: int):
-        super().__init__(config, n)
+        super().__init__(replace(config, guard=False), n)
         self.chance = ast.RandomGate()
 
     def select(self, candidates: Tensor, target: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

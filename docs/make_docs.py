@@ -14,7 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "standalone"))
+sys.path[:0] = [str(ROOT / "standalone"), str(ROOT / "benchmarks")]
+import evidence as proof  # noqa: E402
+import trials  # noqa: E402
+
 import cifar10_ast as program  # noqa: E402
 import imagenet100_ast as images  # noqa: E402
 
@@ -159,6 +162,13 @@ ROWS: dict[str, list[tuple[str, Callable[[dict], str], str]]] = {
                 f"{max(r[k]['picture_bytes'] for k in ('every_core', 'a_core_free')) / 1000:.0f} kB"
             ),
             "≤ 1.03 and ≤ 1.01; ≤ 100 kB",
+        )
+    ],
+    "ledger": [
+        (
+            "FLOPs counted ÷ FLOPs by hand, three models, forward and with the backward pass",
+            lambda r: f"{min(r['counted_by_hand'].values()):.4f} to {max(r['counted_by_hand'].values()):.4f}",
+            "0.99 to 1.01",
         )
     ],
     "accuracy": [
@@ -320,7 +330,77 @@ def derived() -> dict[Path, str]:
         script = standalone / f"{name}.py"
         wrapped = textwrap.fill(words, 105)
         files[script] = between(script.read_text(encoding="utf-8"), "measured", wrapped, "# ")
+    files[ROOT / "docs" / "search.md"] = search()
+    files[ROOT / "docs" / "evidence.md"] = all_evidence()
     return files
+
+
+def search() -> str:
+    """docs/search.md with a table under each chapter's mark."""
+    text = (ROOT / "docs" / "search.md").read_text(encoding="utf-8")
+    for chapter, tried in trials.CHAPTERS.items():
+        text = between(text, chapter, proof.trial_table(tried, trials.DEFAULT))
+    sentences = [f"`{bed}`: {proof.where(bed, 'held_out')}" for bed in ("four", "tail", "four-20", "ten")]
+    return between(text, "where", "\n\n".join(sentences))
+
+
+def peer() -> str:
+    """The published package beside the kit and plain training, seed by seed."""
+    found = result("peer")
+    if not found:
+        return "Not measured yet."
+    rows = [
+        "| seed | | accuracy, % | activated | training s | what it says it saved |",
+        "|---|---|---|---|---|---|",
+    ]
+    for run in found["runs"]:
+        saved = f"{run['peer']['saving_it_prints_percent']:.1f} %"
+        for name, who in (("peer", found["package"]), ("ast", "the kit"), ("full", "plain training")):
+            one = run[name]
+            rows.append(
+                f"| {run['seed']} | {who} | {one['accuracy']:.2f} | {one['activation_rate']:.3f} | "
+                f"{one['train_seconds']:.0f} | {saved if name == 'peer' else '-'} |"
+            )
+    ratios = [run["peer"]["train_seconds"] / run["ast"]["train_seconds"] for run in found["runs"]]
+    gains = [run["ast"]["accuracy"] - run["peer"]["accuracy"] for run in found["runs"]]
+    words = (
+        f"The kit took {min(ratios):.2f} to {max(ratios):.2f} times less training time, and was ahead by "
+        f"{min(gains):+.2f} to {max(gains):+.2f} points. {found['bed']}; {found['device']}, "
+        f"torch {found['torch']}, {found['date']}; `{found['command']}`."
+    )
+    return "\n".join([*rows, "", words])
+
+
+def responses() -> str:
+    """Step responses of the controllers."""
+    found = result("controller")
+    if not found:
+        return "Not measured yet."
+    rows = [
+        "| gate | controller | target | settled after, epochs | overshoot | error at the end |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        settled = "never" if row["settling_epochs"] is None else f"{row['settling_epochs']:.2f}"
+        rows.append(
+            f"| {row['gate']} | {row['controller']} | {row['target']} | {settled} | {row['overshoot']:.3f} | "
+            f"{row['error_at_the_end']:+.3f} |"
+        )
+    words = (
+        f"Stream: {found['stream']}; the target steps {found['step']} of the replay. Settled: the rate, "
+        f"averaged over ten decisions, stays within {found['band']:.0%} of the target. {found['device']}, "
+        f"{found['date']}; `{found['command']}`."
+    )
+    return "\n".join([*rows, "", words])
+
+
+def all_evidence() -> str:
+    """docs/evidence.md with its tables."""
+    text = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    for bed in trials.compare.FULL:
+        text = between(text, f"table {bed}", proof.table(bed) + "\n\n" + proof.where(bed))
+        text = between(text, f"times {bed}", proof.times(bed))
+    return between(between(text, "peer", peer()), "controller", responses())
 
 
 if __name__ == "__main__":

@@ -159,6 +159,7 @@ class Settings:
     significance: str = "loss"  # loss, loss+entropy, loss+intensity, gradient or margin
     temperature: float = 0.25  # T, softness of the gate's edge in ranks; 0.1 chooses hard samples strictly
     weight_gamma: float = 0.5  # γ of the weights (p/a)^-γ; 0 weighs all alike, 1 is unbiased
+    guard: bool = True  # rank as average what stays hard visit after visit, as wrong labels do
     live_rule: str = "threshold"  # threshold or topk, for --gate live
     score_scale: float = 1.0  # image side used for live scoring, fraction of the full side in (0, 1]
     feedforward: bool = True  # solve for θ; --no-feedforward is the pure PI of the original reports
@@ -1929,6 +1930,7 @@ class ASTConfig:
     significance: str = "loss"
     temperature: float = 0.25
     weight_gamma: float = 0.5
+    guard: bool = True
     live_rule: str = "threshold"
     score_scale: float = 1.0
     feedforward: bool = True
@@ -2000,6 +2002,10 @@ ASTConfig.use_amp = property(lambda self: self.amp != "off")
 # $0.7\,\ell + 0.3\,\mathrm{std}(x)$), $\lVert p - \mathrm{onehot}(y) \rVert$, the length of the gradient
 # at the logits (Paul et al. 2021, EL2N), or one minus the margin between the two likeliest classes, which
 # never looks at the label (Scheffer et al. 2001).
+#
+# A wrong label is hard for ever, and a rule that looks for what is hard would live on wrong labels. The
+# *guard* notices: a sample that was among the hardest fifth three visits in a row, its loss never below 0.7
+# of what was remembered, ranks as average until its loss falls.
 
 
 # %% Significance tags=["shared"]
@@ -2023,24 +2029,37 @@ def significance(logits: Tensor, labels: Tensor, images: Tensor, kind: str = "lo
 
 
 class Memory:
-    """The remembered significance of n samples, and when each was last trained: 8 bytes a sample.
+    """The remembered significance of n samples, and when each was last trained: 9 bytes a sample.
 
     A sample not yet seen has infinite significance, so it ranks highest.
     """
 
     REFERENCE = 16_384  # scores that a rank is measured against; more would move it by under 1 %
+    TOP, FALL, VISITS = 0.8, 0.7, 3  # the guard: a quantile, a share of what was remembered, a count
 
-    def __init__(self, n: int):
+    def __init__(self, n: int, guard: bool = True):
+        """guard: rank as average what was in the top VISITS times in a row without a clear fall."""
         self.significance = torch.full((n,), math.inf)
         self.visited = torch.zeros(n)  # epochs on the gate's clock
+        self.stuck = torch.zeros(n, dtype=torch.uint8)  # visits in a row in the top without a clear fall
+        self.guard = guard
 
     def observe(self, indices: Tensor, values: Tensor, now: float) -> None:
         """Remembers half the new value and half the old; a value that is not finite changes nothing."""
         finite = values.isfinite()
         indices, values = indices[finite], values[finite].float()
         before = self.significance[indices]
+        if self.guard and len(values):
+            stays = (values > self._top()) & (before.isinf() | (values >= self.FALL * before))
+            self.stuck[indices] = torch.where(stays, (self.stuck[indices] + 1).clamp(max=self.VISITS), 0)
         self.significance[indices] = torch.where(before.isinf(), values, 0.5 * values + 0.5 * before)
         self.visited[indices] = now
+
+    def _top(self) -> float:
+        """The significance above which the highest are, as far as is known."""
+        some = self.significance[:: max(1, 8 * len(self.significance) // self.REFERENCE)]
+        some = some[some.isfinite()]
+        return float(some.quantile(self.TOP)) if len(some) else math.inf
 
     def rank(self, indices: Tensor) -> Tensor:
         """u in [0, 1]: the share of the memory below each sample's significance, ties counted half."""
@@ -2049,7 +2068,8 @@ class Memory:
         value = self.significance[indices].numpy()
         below = np.searchsorted(reference, value, side="left")
         upto = np.searchsorted(reference, value, side="right")
-        return torch.from_numpy((below + upto) / (2 * len(reference))).float()
+        u = torch.from_numpy((below + upto) / (2 * len(reference))).float()
+        return torch.where(self.stuck[indices] >= self.VISITS, 0.5, u) if self.guard else u
 
 
 # %% Why a soft gate on ranks [markdown] tags=["shared"]
@@ -2223,7 +2243,7 @@ class RememberedGate:
 
     def __init__(self, config: ASTConfig, n: int):
         self.config = config
-        self.memory = Memory(n)
+        self.memory = Memory(n, config.guard)
         self.controller = Controller(config)
         self.clock = 0.0  # epochs of candidates seen
         self.phase = 0.5
@@ -2275,16 +2295,15 @@ class RememberedGate:
         return {
             "significance": self.memory.significance,
             "visited": self.memory.visited,
+            "stuck": self.memory.stuck,
             "controller": self.controller.state_dict(),
             "clock": self.clock,
             "phase": self.phase,
         }
 
     def load_state_dict(self, state: dict) -> None:
-        self.memory.significance, self.memory.visited = (
-            state["significance"].clone(),
-            state["visited"].clone(),
-        )
+        for name in ("significance", "visited", "stuck"):
+            setattr(self.memory, name, state[name].clone())
         self.controller.load_state_dict(state["controller"])
         self.clock, self.phase = state["clock"], state["phase"]
 

@@ -194,7 +194,7 @@ def test_feedback_restores_the_rate_when_samples_are_lost(cifar, generator, targ
 def test_the_gate_prefers_high_significance_but_visits_everything(cifar, generator, temperature, preference):
     n, target = 2000, 0.2
     loss = torch.linspace(0, 1, n)
-    gate = cifar.RememberedGate(cifar.ASTConfig(temperature=temperature), n)
+    gate = cifar.RememberedGate(cifar.ASTConfig(temperature=temperature, guard=False), n)
     gate.observe(torch.arange(n), loss)
     count = torch.zeros(n)
     for _ in range(30):
@@ -204,6 +204,36 @@ def test_the_gate_prefers_high_significance_but_visits_everything(cifar, generat
             count[indices] += 1
     assert count[-200:].mean() > preference * count[:200].mean()
     assert (count > 0).all()
+
+
+@pytest.mark.parametrize("guard", [True, False])
+def test_the_guard_keeps_the_gate_from_living_on_what_never_gets_easier(cifar, generator, guard):
+    n, target = 2000, 0.2
+    wrong = torch.arange(n) < n // 10
+    visits, taken = torch.zeros(n), []
+    gate = cifar.RememberedGate(cifar.ASTConfig(guard=guard), n)
+    gate.observe(torch.arange(n), torch.full((n,), 2.0))
+    for _ in range(40):
+        for candidates in torch.randperm(n, generator=generator).chunk(20):
+            indices, _ = gate.select(candidates, target, generator)
+            visits[indices] += 1
+            view = 1 + 0.2 * torch.randn(len(indices), generator=generator)
+            gate.observe(indices, view * torch.where(wrong[indices], 3.0, 2 * 0.7 ** visits[indices]))
+            taken.append(wrong[indices].float().mean())
+    share = float(torch.stack(taken[-400:]).mean())
+    assert share < 0.14 if guard else share > 0.17, "a tenth is wrong, and chance would take a tenth"
+
+
+def test_the_guard_lets_go_of_a_sample_whose_loss_falls(cifar):
+    memory = cifar.Memory(100)
+    memory.observe(torch.arange(100), torch.linspace(0, 1, 100), now=0.0)
+    hard = torch.tensor([99])
+    for visit in range(1, 4):
+        assert memory.rank(hard) > 0.9, f"not yet after {visit} visits"
+        memory.observe(hard, torch.ones(1), now=float(visit))
+    assert memory.rank(hard) == 0.5
+    memory.observe(hard, torch.tensor([0.6]), now=4.0)
+    assert memory.rank(hard) > 0.7
 
 
 def test_a_raised_target_does_not_make_everything_overdue_at_once(cifar, generator):
