@@ -23,6 +23,7 @@ class Bed:
     """Data, model and length of one comparison."""
 
     what: str
+    data: str = "cifar10"  # or shapes, the program's own synthetic set
     classes: tuple[int, ...] = tuple(range(10))
     size: int = 0  # training images, evenly from the classes; 0 takes all
     tail: float = 1.0  # images of the rarest class ÷ images of the most frequent
@@ -48,9 +49,11 @@ class Bed:
         place_of[list(self.classes)] = torch.arange(len(self.classes))
         truth = place_of[labels[kept]]
         given = truth.clone()
+        if data.difficulty is not None:  # 2: mislabelled when it was drawn
+            truth[torch.as_tensor(data.difficulty)[kept] == 2] = -1
         mislabelled = torch.randperm(len(truth), generator=generator)[: int(self.wrong * len(truth))]
         shift = torch.randint(1, len(self.classes), mislabelled.shape, generator=generator)
-        given[mislabelled] = (truth[mislabelled] + shift) % len(self.classes)
+        given[mislabelled] = (given[mislabelled] + shift) % len(self.classes)
         if held_out:
             images, answers = data.train_images[judges.numpy()], place_of[labels[judges]]
         else:
@@ -62,7 +65,8 @@ class Bed:
 
 @dataclass
 class Split:
-    """Images uint8 [N, 32, 32, 3] and labels int64 [N] to train on, the true labels, and the judges."""
+    """Images uint8 [N, 32, 32, 3] and labels int64 [N] to train on, the true labels (-1: not the given one,
+    and no other is known), and the judges."""
 
     images: np.ndarray
     labels: torch.Tensor
@@ -75,26 +79,28 @@ class Split:
 LONG = {"label_smoothing": 0.0, "lr": 0.2, "batch_size": 128, "weight_decay": 4e-4}
 APART = (1, 6, 7, 8)  # automobile, frog, horse, ship
 BEDS: dict[str, Bed] = {
-    "four": Bed("four well-separated classes of CIFAR-10, 16 epochs", APART, settings={"epochs": 16, **LONG}),
+    "four": Bed(
+        "four well-separated classes of CIFAR-10, 16 epochs", classes=APART, settings={"epochs": 16, **LONG}
+    ),
     "quick": Bed(
         "4,000 images of four well-separated classes of CIFAR-10, 16 epochs",
-        APART,
+        classes=APART,
         size=4000,
         settings={"epochs": 16, **LONG},
     ),
     "long": Bed(
         "5,000 images of four well-separated classes of CIFAR-10, 60 epochs",
-        APART,
+        classes=APART,
         size=5000,
         settings={"epochs": 60, **LONG},
     ),
     "tuned": Bed(
         "four well-separated classes of CIFAR-10, fine-tuned 16 epochs from weights trained on the other six",
-        APART,
+        classes=APART,
         pretrained=True,
         settings={"epochs": 16, **LONG, "lr": 0.1},
     ),
-    "four32": Bed("four, 32 epochs", APART, settings={"epochs": 32, **LONG}),
+    "four32": Bed("four, 32 epochs", classes=APART, settings={"epochs": 32, **LONG}),
     "ten": Bed("10,000 images of CIFAR-10, 30 epochs", size=10_000, settings={"epochs": 30, **LONG}),
     "tail": Bed(
         "CIFAR-10 with a long tail: 20 images of the commonest class for one of the rarest, 16 epochs",
@@ -102,7 +108,13 @@ BEDS: dict[str, Bed] = {
         settings={"epochs": 16, **LONG},
     ),
 }
+BEDS["shapes"] = Bed(
+    "shapes, synthetic images of which 5 % are mislabelled, 16 epochs",
+    data="shapes",
+    settings={"epochs": 16, **LONG},
+)
 for percent in (10, 20, 40):
     BEDS[f"four-{percent}"] = replace(
         BEDS["four"], what=f"{BEDS['four'].what}, {percent} % of the labels wrong", wrong=percent / 100
     )
+BEDS["shapes-20"] = replace(BEDS["shapes"], what="shapes, a further 20 % of the labels wrong", wrong=0.2)

@@ -61,7 +61,7 @@ def record(data: ast.ImageData) -> Tensor:
 def replay(losses: Tensor, kind: str, target: float, **settings: object) -> list[tuple[float, float]]:
     """(epochs, activation rate) of every decision of a gate that meets the recorded losses."""
     n, generator = losses.shape[1], torch.Generator().manual_seed(0)
-    config, now = ast.ASTConfig(gate=kind, **settings), 0
+    config, now, spent = ast.ASTConfig(gate=kind, **settings), 0, 0.0
     if kind == "remembered":
         gate = ast.RememberedGate(config, n)
         gate.observe(torch.arange(n), losses[0])
@@ -77,12 +77,9 @@ def replay(losses: Tensor, kind: str, target: float, **settings: object) -> list
                 offered = ast.Views(candidates, candidates, candidates)
             chosen, _ = gate.select(offered, rate, generator)
             gate.observe(chosen, losses[epoch][chosen])
-            trace.append((epoch - 1 + len(trace) * 0.0, len(chosen) / len(candidates), len(candidates) / n))
-    spent, out = 0.0, []
-    for _, realised, share in trace:
-        spent += share
-        out.append((spent, realised))
-    return out
+            spent += len(candidates) / n
+            trace.append((spent, len(chosen) / len(candidates)))
+    return trace
 
 
 def judge(trace: list[tuple[float, float]], target: float) -> dict:

@@ -98,16 +98,40 @@ def table(bed: str, judged: str = "test") -> str:
         against, full = gap(runs, name, rival_of(name)), gap(runs, name, "full")
         if name.startswith(("full", "short", "rs2")):
             against = None
-        verdict = ""
-        if full and full.seeds > 1:
-            verdict = " (not inferior)" if full.mean - full.half > -MARGIN else ""
         rows.append(
             f"| {name} | {len(own)} | {statistics.mean(accuracies):.2f}{width} | "
-            f"{mean(own, 'worst_class'):.1f} | {against or '-'} | {full or '-'}{verdict} | "
+            f"{mean(own, 'worst_class'):.1f} | {against or '-'} | {full or '-'}{verdict(full)} | "
             f"{mean(own, 'activation_rate'):.3f} | {mean(own, 'cost'):.3f} | "
             f"{mean(own, 'train_seconds'):.0f} | {mean(own, 'total_seconds'):.0f} |"
         )
     return "\n".join(rows)
+
+
+def headline(beds: dict[str, str]) -> str:
+    """AST against its rivals at each rate, a row a bed and rate; `beds` names each bed in words."""
+    rows = [
+        "| trained on | a | AST, % | minus `random` | minus `short` | minus `full` | time saved | seeds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for bed, words in beds.items():
+        runs = load(bed)
+        for rate, short in ((0.4, 0.625), (0.2, 0.4375), (0.1, 0.375)):
+            name = f"ast@{rate}"
+            if name not in runs or "full" not in runs:
+                continue
+            own, full = runs[name], gap(runs, name, "full")
+            saved = 100 * (1 - mean(own, "train_seconds") / mean(runs["full"], "train_seconds"))
+            others = [gap(runs, name, rival) or "-" for rival in (f"random@{rate}", f"short@{short}")]
+            rows.append(
+                f"| {words} | {rate} | {mean(own, 'accuracy'):.2f} | {others[0]} | {others[1]} | "
+                f"{full}{verdict(full)} | {saved:.0f} % | {len(own)} |"
+            )
+    return "\n".join(rows)
+
+
+def verdict(full: Gap | None) -> str:
+    """Whether a gap to full training is proven to be within the margin."""
+    return " (not inferior)" if full and full.seeds > 1 and full.mean - full.half > -MARGIN else ""
 
 
 def times(bed: str) -> str:

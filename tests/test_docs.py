@@ -46,7 +46,9 @@ def test_every_setting_has_a_comment_and_a_row_in_the_readme(program):
         assert f"| `{program.flag(field.name)}` |" in README
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/configuration.md", "docs/api.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/configuration.md", "docs/api.md", "docs/search.md", "docs/evidence.md"]
+)
 def test_links_and_pictures_inside_the_repository_resolve(name):
     path = ROOT / name
     for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
@@ -56,7 +58,7 @@ def test_links_and_pictures_inside_the_repository_resolve(name):
 def test_the_readme_names_no_flag_that_is_not_there(cifar, imagenet):
     settings = [*cifar.fields(cifar.Settings), *imagenet.fields(imagenet.Settings)]
     known = {cifar.flag(field.name) for field in settings}
-    known |= {"--no-feedforward", "--no-probe", "--help", "--sync", "--check", "--kaggle"}
+    known |= {"--no-feedforward", "--no-guard", "--no-probe", "--help", "--sync", "--check", "--kaggle"}
     known |= {"--to", "--side", "--from", "--classes", "--json", "--force"}  # of python -m data_setup
     used = set(re.findall(r"`[^`]*?(--[a-z][a-z-]+)", README))
     assert used <= known, used - known
