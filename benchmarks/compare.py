@@ -288,6 +288,7 @@ RULES = [
 RATES = ["short@0.375", "short@0.625", "random@0.1", "ast@0.1", "random@0.4", "ast@0.4"]
 NOISY = ["full", "random@0.2", "ast@0.2", "ast@0.2:guard=false"]
 FULL = {
+    "long": RULES + RATES,
     "four": RULES + RATES,
     "tail": RULES + RATES,
     "ten": ["full", "short@0.4375", "random@0.2", "ast@0.2", "infobatch", "proxy@0.2"],
