@@ -66,7 +66,10 @@ KINDS: dict[str, Policy] = {
     "random": Policy({"gate": "random"}),
     "ast": Policy({}),
     "shuffled": Policy({}, before_loader(rules.Shuffled)),
-    "infobatch": Policy({"warmup_epochs": 1, "ramp_epochs": 0}, before_loader(rules.InfoBatch)),
+    # Its rule sets its own rate; 0.62 is what that came to, so that its learning rate is scheduled for it.
+    "infobatch": Policy(
+        {"warmup_epochs": 1, "ramp_epochs": 0, "target_activation": 0.62}, before_loader(rules.InfoBatch)
+    ),
     "selective-backprop": Policy({"gate": "live"}, after_loader(rules.SelectiveBackprop)),
     # The original reports' live rule: 0.7 loss + 0.3 intensity above a PI-held threshold.
     "original": Policy({"gate": "live", "significance": "loss+intensity"}),
@@ -74,7 +77,7 @@ KINDS: dict[str, Policy] = {
     "proxy": Policy({"gate": "proxy"}),
     "curriculum": Policy({}, before_loader(rules.Curriculum)),
     # Active learning's margin between the two likeliest classes (Scheffer et al. 2001), remembered.
-    "margin": Policy({"significance": "margin"}),
+    "margin": Policy({"significance": "margin", "guard": False}),
     # A step at half resolution for what is skipped; chosen by significance, or by chance.
     "shrink": Policy({}, trainer=rules.Shrinking),
     "random-shrink": Policy({"gate": "random"}, trainer=rules.Shrinking),

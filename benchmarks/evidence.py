@@ -211,8 +211,8 @@ def savings(axis: Axes, runs: dict) -> None:
     axis.grid(axis="x", alpha=0.2)
 
 
-def trial_table(trials: list, default: str) -> str:
-    """What came of trials of the search, on held-out training images, against the default rule."""
+def trial_table(trials: list) -> str:
+    """What came of trials of the search, on held-out training images."""
     rows = [
         "| trial | expected | on | accuracy minus the default's | FLOPs ÷ full's |",
         "|---|---|---|---|---|",
@@ -220,7 +220,7 @@ def trial_table(trials: list, default: str) -> str:
     for trial in trials:
         for bed in trial.beds:
             runs = load(bed, "held_out")
-            if found := gap(runs, trial.policy, default):
+            if found := gap(runs, trial.policy, trial.against):
                 wrong = [run["wrong_share"] for run in runs[trial.policy].values()]
                 share = (
                     "" if wrong[0] is None else f"; {statistics.mean(wrong):.0%} of what it trained on wrong"

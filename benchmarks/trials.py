@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import compare
 from beds import ast
 
-DEFAULT = "ast@0.2:guard=false"  # the rule of which each trial changes one thing
+BARE = "ast@0.2:guard=false"  # the default before it had the guard
 SEEDS = (100, 101, 102)  # as far as a trial was followed up
 
 
@@ -23,6 +23,7 @@ class Trial:
     policy: str
     expected: str
     beds: tuple[str, ...] = ("four", "tail")
+    against: str = BARE
 
 
 CHAPTERS: dict[str, list[Trial]] = {
@@ -126,6 +127,33 @@ CHAPTERS["A fifth of the labels wrong: the guard"] = [
             (0.7, 3, 0.7, ("four-20",)),
         )
     ],
+]
+
+LONG, GUARDED = ("long",), "ast@0.2"
+CHAPTERS["Few images, trained long"] = [
+    Trial(policy, expected, beds, GUARDED)
+    for policy, expected, beds in (
+        ("full", "what there is to lose", ("long", "tuned")),
+        (
+            "random@0.2",
+            "behind by more than elsewhere: most images are learned long before the end",
+            ("long", "tuned"),
+        ),
+        ("short@0.4375", "like random", ("long", "tuned")),
+        ("infobatch", "between full and AST", ("long", "tuned")),
+        ("ast@0.1", "a little behind, for less", ("long", "tuned")),
+        ("random@0.1", "further behind", ("long", "tuned")),
+        ("ast@0.4", "nearer to full", LONG),
+        ("random@0.4", "nearer to full", LONG),
+        (BARE, "no difference: no label is wrong on purpose", LONG),
+        ("ast@0.2:temperature=0.1", "better: nearly all is learned, so a strict choice starves nobody", LONG),
+        ("ast@0.2:weight_gamma=0", "better: late, the hard ones matter", LONG),
+        ("turned@0.2:by_value=true", "better: strict only where losses are 0", LONG),
+        ("ast@0.2:batch_size=64", "better: twice the steps", LONG),
+        ("ast@0.2:batch_size=64,lr=0.14", "the same at the rate that goes with the batch", LONG),
+        ("ast@0.2:lr=0.3", "no difference", LONG),
+        ("ast@0.1:anneal_epochs=20,ramp_epochs=4", "the cost of 0.2, but spent at the end", LONG),
+    )
 ]
 
 

@@ -340,8 +340,11 @@ def search() -> str:
     """docs/search.md with a table under each chapter's mark."""
     text = (ROOT / "docs" / "search.md").read_text(encoding="utf-8")
     for chapter, tried in trials.CHAPTERS.items():
-        text = between(text, chapter, proof.trial_table(tried, trials.DEFAULT))
-    sentences = [f"`{bed}`: {proof.where(bed, 'held_out')}" for bed in ("four", "tail", "four-20", "ten")]
+        text = between(text, chapter, proof.trial_table(tried))
+    sentences = [
+        f"`{bed}`: {proof.where(bed, 'held_out')}"
+        for bed in ("four", "tail", "four-20", "ten", "long", "tuned")
+    ]
     return between(text, "where", "\n\n".join(sentences))
 
 

@@ -31,7 +31,7 @@ OUTPUTS = {
     *("config.json", "metrics.jsonl", "events.jsonl", "summary.json", "curves.png", "model.pt"),
     "samples.npz",
 }
-TIMED = {"seconds", "elapsed_seconds", "data_wait_percent"}
+TIMED = {"seconds", "scoring_seconds", "elapsed_seconds", "data_wait_percent"}
 # A run that only gets as far as its first words, for tests of what happens before training.
 AT_ONCE = ("--time-limit", 1e-5)
 SMALL = ("--data", "shapes", "--train-size", 300, "--batch-size", 32)

@@ -195,14 +195,64 @@ def test_the_proxy_takes_inputs_that_are_no_images(cifar, digits):
     assert sum(p.numel() for p in trainer.gate.network.parameters()) == 64 * 64 + 64 + 64 * 10 + 10
 
 
-def test_a_broken_image_does_not_spoil_the_proxy(cifar, digits, model):
+def test_a_broken_image_does_not_blind_the_proxy_to_its_batch(cifar, digits, model):
     images = digits[0].clone()
     images[::50] = math.nan
     config = cifar.ASTConfig(gate="proxy", target_activation=0.4, ramp_epochs=0, anneal_epochs=0)
     broken, whole = TensorDataset(images, digits[1]), TensorDataset(*digits)
-    trainer = cifar.AdaptiveSparseTrainer(model, broken, whole, config, listeners=[])
-    trainer.train(epochs=3)
-    assert all(p.isfinite().all() for p in trainer.gate.network.parameters())
+    watched = Watched()
+    trainer = cifar.AdaptiveSparseTrainer(model, broken, whole, config, listeners=[watched])
+    watched.trainer = trainer
+    results = trainer.train(epochs=3)
+    assert results["epochs"][-1]["activation_rate"] == pytest.approx(0.4, abs=0.02)
+    assert all(weights.isfinite().all() for weights in watched.epochs)
+    assert not torch.equal(watched.epochs[0], watched.epochs[-1])
+    views = cifar.Views(torch.arange(100), images[:100], digits[1][:100])
+    chosen, _ = trainer.gate.select(views, 0.5, torch.Generator())
+    assert not set(chosen.tolist()) & {0, 50}, "a broken view is never among the hardest"
+
+
+class Picky(nn.Module):
+    """A network for images of 80 x 100 pixels and no others."""
+
+    def __init__(self, outputs=3):
+        super().__init__()
+        self.last = nn.Linear(80 * 100, outputs)
+
+    def forward(self, images):
+        assert images.shape[-2:] == (80, 100)
+        return self.last(images.mean(1).flatten(1))
+
+
+def test_the_proxy_shrinks_large_images_for_itself_alone(cifar):
+    images, labels = torch.rand(64, 3, 80, 100), torch.arange(64) % 3
+    config = {"gate": "proxy", "target_activation": 0.5, "batch_size": 16, "ramp_epochs": 0}
+    trainer = cifar.AdaptiveSparseTrainer(Picky(), (images, labels), (images, labels), config, listeners=[])
+    results = trainer.train(epochs=4)
+    per = results["flops_per_sample"]
+    by_hand = 2 * (27 * 16 * 51 * 64 + 9 * 16 * 32 * 26 * 32 + 9 * 32 * 64 * 13 * 16 + 64 * 3)
+    assert per["proxy scoring"] == pytest.approx(by_hand), "64 pixels at the longer side"
+
+
+def test_a_model_that_the_proxy_cannot_serve_is_refused_in_a_sentence(cifar):
+    class Pair(Picky):
+        def forward(self, images):
+            return super().forward(images), images
+
+    images, labels = torch.rand(32, 3, 80, 100), torch.arange(32) % 3
+    data = ((images, labels), (images, labels))
+    for model, words in ((Pair(), "a model that returned tuple"), (Picky(2), "labels from 0 to 2")):
+        trainer = cifar.AdaptiveSparseTrainer(model, *data, {"gate": "proxy"}, listeners=[])
+        with pytest.raises(cifar.BadInput, match=words):
+            trainer.train(epochs=3)
+
+
+def test_settings_that_the_proxy_does_not_read_are_said_to_be_idle(cifar, loaders, model):
+    texts = []
+    config = {"gate": "proxy", "significance": "margin", "target_activation": 1.0}
+    listeners = [lambda event, data: texts.append(data.get("text")) if event == "notice" else None]
+    cifar.AdaptiveSparseTrainer(model, *loaders, config, listeners=listeners).train(epochs=1)
+    assert texts == ["significance acts with other gates only"]
 
 
 @pytest.mark.parametrize("gate", ["remembered", "random", "rs2", "live", "proxy", "full"])
