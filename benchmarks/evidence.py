@@ -211,7 +211,7 @@ def savings(axis: Axes, runs: dict) -> None:
     axis.grid(axis="x", alpha=0.2)
 
 
-def trial_table(trials: list) -> str:
+def trial_table(trials: list, default: str) -> str:
     """What came of trials of the search, on held-out training images."""
     rows = [
         "| trial | expected | on | accuracy minus the default's | FLOPs ÷ full's |",
@@ -220,11 +220,9 @@ def trial_table(trials: list) -> str:
     for trial in trials:
         for bed in trial.beds:
             runs = load(bed, "held_out")
-            if found := gap(runs, trial.policy, trial.against):
+            if found := gap(runs, trial.policy, default):
                 wrong = [run["wrong_share"] for run in runs[trial.policy].values()]
-                share = (
-                    "" if wrong[0] is None else f"; {statistics.mean(wrong):.0%} of what it trained on wrong"
-                )
+                share = "" if wrong[0] is None else f"; {statistics.mean(wrong):.0%} wrong in gated epochs"
                 cost = mean(runs[trial.policy], "cost")
                 rows.append(f"| `{trial.policy}` | {trial.expected} | {bed} | {found}{share} | {cost:.3f} |")
     return "\n".join(rows)

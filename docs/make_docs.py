@@ -340,7 +340,7 @@ def search() -> str:
     """docs/search.md with a table under each chapter's mark."""
     text = (ROOT / "docs" / "search.md").read_text(encoding="utf-8")
     for chapter, tried in trials.CHAPTERS.items():
-        text = between(text, chapter, proof.trial_table(tried))
+        text = between(text, chapter, proof.trial_table(tried, trials.DEFAULT))
     sentences = [
         f"`{bed}`: {proof.where(bed, 'held_out')}"
         for bed in ("four", "tail", "four-20", "ten", "long", "tuned")
