@@ -9,7 +9,6 @@ at 0.5 for two epochs and then steps to the value in question.
 
 import argparse
 import json
-import statistics
 import time
 from pathlib import Path
 
@@ -24,7 +23,8 @@ ROOT = Path(__file__).parents[1]
 TARGETS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)
 BEFORE, EPOCHS, BATCH = 2, 10, 128  # epochs at 0.5 before the step, epochs in all, samples a batch
 BAND = 0.1  # settled: the smoothed rate stays within this share of the target
-SMOOTHED = 10  # decisions over which the realised rate is averaged
+SMOOTHED = 2560  # candidates over which the realised rate is averaged
+SHOWN = 10  # decisions averaged in the figure
 CONTROLLERS = {
     "solve + PI": {},
     "PI, original gains": {"feedforward": False},
@@ -82,21 +82,30 @@ def replay(losses: Tensor, kind: str, target: float, **settings: object) -> list
     return trace
 
 
-def judge(trace: list[tuple[float, float]], target: float) -> dict:
-    """Settling time (epochs after the step), overshoot and remaining error of a response."""
-    rates = np.array([rate for _, rate in trace])
-    kernel = np.ones(SMOOTHED) / SMOOTHED
-    smooth = np.convolve(rates, kernel)[: len(rates)]
-    after = [(t - BEFORE, r) for (t, _), r in zip(trace, smooth, strict=True) if t > BEFORE]
-    outside = [t for t, r in after if abs(r - target) > BAND * target]
-    last = after[-1][0]
-    settled = outside[-1] if outside else 0.0
+def judge(trace: list[tuple[float, float]], target: float, n: int) -> dict:
+    """Settling time (epochs after the step), overshoot and remaining error of a response.
+
+    The rate is averaged over the last SMOOTHED candidates since the step. Settled means that it stays within
+    BAND of the target, or within two standard deviations of what pure chance would do, if that is more.
+    """
+    times, rates = (np.array(column) for column in zip(*trace, strict=True))
+    after = times > BEFORE
+    begins = np.concatenate([[0.0], times[:-1]])
+    sizes = (times - begins)[after] * n
+    taken = rates[after] * sizes
+    moved = times[after] - BEFORE
+    smooth = np.empty(len(moved))
+    for i in range(len(moved)):
+        window = np.cumsum(sizes[: i + 1][::-1]) <= SMOOTHED + sizes[i]
+        smooth[i] = taken[: i + 1][::-1][window].sum() / sizes[: i + 1][::-1][window].sum()
+    band = max(BAND * target, 2 * np.sqrt(target * (1 - target) / SMOOTHED))
+    outside = moved[np.abs(smooth - target) > band]
+    settled = float(outside[-1]) if len(outside) else 0.0
     sign = np.sign(target - 0.5)
-    tail = [r for t, r in after if t > last - 2]
     return {
-        "settling_epochs": None if settled > last - 0.25 else round(settled, 3),
-        "overshoot": round(max(0.0, *(sign * (r - target) for _, r in after)), 4),
-        "error_at_the_end": round(statistics.mean(tail) - target, 4),
+        "settling_epochs": None if settled > moved[-1] - 0.25 else round(settled, 3),
+        "overshoot": round(max(0.0, float((sign * (smooth - target)).max())), 4),
+        "error_at_the_end": round(float(np.average(rates[after][-len(moved) // 4 :]) - target), 4),
     }
 
 
@@ -108,9 +117,8 @@ def draw(traces: dict, file: Path) -> None:
         for axis, name in zip(row, CONTROLLERS, strict=True):
             for target in TARGETS:
                 trace = np.array(traces[kind, name, target])
-                kernel = np.ones(SMOOTHED) / SMOOTHED
-                smooth = np.convolve(trace[:, 1], kernel, mode="valid")
-                (line,) = axis.plot(trace[SMOOTHED - 1 :, 0], smooth, lw=1)
+                smooth = np.convolve(trace[:, 1], np.ones(SHOWN) / SHOWN, mode="valid")
+                (line,) = axis.plot(trace[SHOWN - 1 :, 0], smooth, lw=1)
                 axis.axhline(target, xmin=BEFORE / (EPOCHS - 1), color=line.get_color(), lw=0.6, ls=":")
             axis.set_title(f"{kind}: {name}", fontsize=9)
             axis.grid(alpha=0.2)
@@ -133,7 +141,14 @@ def main() -> None:
         for name, settings in CONTROLLERS.items():
             for target in TARGETS:
                 trace = traces[kind, name, target] = replay(losses, kind, target, **settings)
-                rows.append({"gate": kind, "controller": name, "target": target, **judge(trace, target)})
+                rows.append(
+                    {
+                        "gate": kind,
+                        "controller": name,
+                        "target": target,
+                        **judge(trace, target, losses.shape[1]),
+                    }
+                )
     for row in rows:
         print(row)
     found = {
@@ -141,6 +156,7 @@ def main() -> None:
         "stream": f"{BEDS['ten'].what}: losses of {EPOCHS} epochs of plain training",
         "step": f"from 0.5 after {BEFORE} epochs",
         "band": BAND,
+        "smoothed": SMOOTHED,
         "command": "python benchmarks/controller.py",
         "device": ast.device_name("cpu"),
         "date": time.strftime("%Y-%m-%d"),

@@ -41,14 +41,15 @@ def load(bed: str, judged: str = "test") -> dict[str, dict[int, dict]]:
 
 @dataclass
 class Gap:
-    """A paired difference: its mean, half its 95 % interval, and the number of seeds."""
+    """A paired difference: its mean, half its 95 % interval, and the number of seeds (shown in brackets)."""
 
     mean: float
     half: float
     seeds: int
 
     def __str__(self) -> str:
-        return f"{self.mean:+.2f} ± {self.half:.2f}" if self.seeds > 1 else f"{self.mean:+.2f} (1 seed)"
+        width = f" ± {self.half:.2f}" if self.seeds > 1 else ""
+        return f"{self.mean:+.2f}{width} ({self.seeds})"
 
 
 def gap(runs: dict, policy: str, rival: str, key: str = "accuracy") -> Gap | None:
@@ -61,13 +62,24 @@ def gap(runs: dict, policy: str, rival: str, key: str = "accuracy") -> Gap | Non
 
 
 def mean(runs: dict[int, dict], key: str) -> float:
+    """Mean of a figure over the seeds of a policy."""
     return statistics.mean(run[key] for run in runs.values())
 
 
-def rival_of(policy: str) -> str:
-    """Random selection with the same phases at the same rate."""
-    share = policy.partition(":")[0].partition("@")[2]
-    return f"random@{share or 0.2}"
+def rival_of(policy: str) -> str | None:
+    """Random selection with the same phases at the same rate; None where there is no such run."""
+    head, _, tail = policy.partition(":")
+    kind, _, share = head.partition("@")
+    if not share or kind in ("short", "rs2", "random") or "_epochs=" in tail or "batch_size=" in tail:
+        return None
+    return f"random@{share}"
+
+
+def plain_at_its_cost(runs: dict, policy: str) -> str | None:
+    """The shortest plain training that costs no less than `policy`; None without such."""
+    enough = [(mean(own, "cost"), name) for name, own in runs.items() if name.startswith("short")]
+    enough = [pair for pair in enough if pair[0] >= mean(runs[policy], "cost") - 1e-6]
+    return min(enough)[1] if enough else None
 
 
 def seconds_to(runs: dict, policy: str, share: float) -> float | None:
@@ -95,9 +107,8 @@ def table(bed: str, judged: str = "test") -> str:
     for name, own in sorted(runs.items(), key=lambda item: -mean(item[1], "cost")):
         accuracies = [run["accuracy"] for run in own.values()]
         width = f" ± {half_width(accuracies):.2f}" if len(own) > 1 else ""
-        against, full = gap(runs, name, rival_of(name)), gap(runs, name, "full")
-        if name.startswith(("full", "short", "rs2")):
-            against = None
+        rival, full = rival_of(name), gap(runs, name, "full")
+        against = rival and gap(runs, name, rival)
         rows.append(
             f"| {name} | {len(own)} | {statistics.mean(accuracies):.2f}{width} | "
             f"{mean(own, 'worst_class'):.1f} | {against or '-'} | {full or '-'}{verdict(full)} | "
@@ -110,23 +121,30 @@ def table(bed: str, judged: str = "test") -> str:
 def headline(beds: dict[str, str]) -> str:
     """AST against its rivals at each rate, a row a bed and rate; `beds` names each bed in words."""
     rows = [
-        "| trained on | a | AST, % | minus `random` | minus `short` | minus `full` | time saved | seeds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| trained on | a | AST, % | minus `random` | minus `short` | minus `full` | training time saved |",
+        "|---|---|---|---|---|---|---|",
     ]
     for bed, words in beds.items():
         runs = load(bed)
-        for rate, short in ((0.4, 0.625), (0.2, 0.4375), (0.1, 0.375)):
+        for rate in (0.4, 0.2, 0.1):
             name = f"ast@{rate}"
             if name not in runs or "full" not in runs:
                 continue
-            own, full = runs[name], gap(runs, name, "full")
-            saved = 100 * (1 - mean(own, "train_seconds") / mean(runs["full"], "train_seconds"))
-            others = [gap(runs, name, rival) or "-" for rival in (f"random@{rate}", f"short@{short}")]
+            short, full = plain_at_its_cost(runs, name), gap(runs, name, "full")
+            gaps = [gap(runs, name, f"random@{rate}"), short and gap(runs, name, short), full]
+            shown = [str(g) if g else "-" for g in gaps]
             rows.append(
-                f"| {words} | {rate} | {mean(own, 'accuracy'):.2f} | {others[0]} | {others[1]} | "
-                f"{full}{verdict(full)} | {saved:.0f} % | {len(own)} |"
+                f"| {words} | {rate} | {mean(runs[name], 'accuracy'):.2f} | {shown[0]} | {shown[1]} | "
+                f"{shown[2]}{verdict(full)} | {time_saved(runs, name):.0f} % |"
             )
     return "\n".join(rows)
+
+
+def time_saved(runs: dict, policy: str) -> float:
+    """Training seconds saved against full training, percent, over the seeds that both have."""
+    shared = runs[policy].keys() & runs["full"].keys()
+    ours, full = (sum(runs[name][seed]["train_seconds"] for seed in shared) for name in (policy, "full"))
+    return 100 * (1 - ours / full) if shared else math.nan
 
 
 def verdict(full: Gap | None) -> str:
@@ -144,9 +162,9 @@ def times(bed: str) -> str:
     return "\n".join(rows)
 
 
-def where(bed: str, judged: str = "test") -> str:
-    """Machine, days, programs and sensors of a bed's runs, in one sentence."""
-    runs = [run for own in load(bed, judged).values() for run in own.values()]
+def where(*beds: str, judged: str = "test") -> str:
+    """Machine, days, programs and sensors of the runs on beds, in one sentence."""
+    runs = [run for bed in beds for own in load(bed, judged).values() for run in own.values()]
     if not runs:
         return "Nothing measured yet."
     one = {key: ", ".join(sorted({str(run[key]) for run in runs})) for key in ("device", "torch", "date")}
@@ -161,24 +179,32 @@ def where(bed: str, judged: str = "test") -> str:
 def saving_at_equal_accuracy(runs: dict, policy: str) -> float | None:
     """Share of the FLOPs that `policy` saves against plain training cut to the same accuracy, percent.
 
-    Plain training's accuracy at any cost is interpolated between `full` and the `short` runs; None outside.
+    Plain training's cost at that accuracy is interpolated between those of `full` and the `short` runs that
+    are more accurate than every cheaper one; None outside of them.
     """
-    plain = [(mean(own, "cost"), mean(own, "accuracy")) for n, own in runs.items() if is_plain(n)]
-    if len(plain) < 2:
-        return None
-    costs, accuracies = (np.array(column) for column in zip(*sorted(plain), strict=True))
-    accuracies = np.maximum.accumulate(accuracies)
+    costs, accuracies = [], []
+    for cost, accuracy in sorted((mean(own, "cost"), mean(own, "accuracy")) for own in plain(runs)):
+        if not accuracies or accuracy > accuracies[-1]:
+            costs.append(cost)
+            accuracies.append(accuracy)
     accuracy = mean(runs[policy], "accuracy")
-    if not accuracies[0] <= accuracy <= accuracies[-1]:
+    if len(costs) < 2 or not accuracies[0] <= accuracy <= accuracies[-1]:
         return None
     return 100 * (1 - mean(runs[policy], "cost") / float(np.interp(accuracy, accuracies, costs)))
 
 
+def plain(runs: dict) -> list[dict[int, dict]]:
+    """Runs of plain training, whole and cut short, on the bed's own recipe."""
+    return [own for name, own in runs.items() if is_plain(name)]
+
+
 def is_plain(policy: str) -> bool:
-    return policy.startswith(("full", "short"))
+    """Whether a policy is plain training on the bed's own recipe."""
+    return policy.startswith(("full", "short")) and ":" not in policy
 
 
 def colour(policy: str) -> str:
+    """The kit in blue, chance in grey, plain training in black, shuffled scores in red, others in orange."""
     families = {"ast": "C0", "random": "C7", "rs2": "C7", "full": "k", "short": "k", "shuffled": "C3"}
     return families.get(policy.partition("@")[0].partition(":")[0], "C1")
 
@@ -191,10 +217,8 @@ def frontier(axis: Axes, runs: dict) -> None:
         x, y = mean(own, "train_seconds"), statistics.mean(accuracies)
         axis.errorbar(x, y, yerr=width, fmt="o", ms=4, color=colour(name), lw=1)
         axis.annotate(name, (x, y), fontsize=6, xytext=(4, 2), textcoords="offset points")
-    plain = sorted(
-        (mean(own, "train_seconds"), mean(own, "accuracy")) for n, own in runs.items() if is_plain(n)
-    )
-    axis.plot(*zip(*plain, strict=True), color="k", lw=0.8, ls=":")
+    line = sorted((mean(own, "train_seconds"), mean(own, "accuracy")) for own in plain(runs))
+    axis.plot(*zip(*line, strict=True), color="k", lw=0.8, ls=":")
     axis.set_xlabel("training seconds, scoring included")
     axis.set_ylabel("accuracy, %")
     axis.grid(alpha=0.2)
@@ -202,9 +226,11 @@ def frontier(axis: Axes, runs: dict) -> None:
 
 def savings(axis: Axes, runs: dict) -> None:
     """FLOPs saved against plain training cut to the same accuracy, a bar a policy."""
-    found = {n: saving_at_equal_accuracy(runs, n) for n in runs if not is_plain(n)}
+    found = {name: saving_at_equal_accuracy(runs, name) for name in runs if not is_plain(name)}
     known = sorted((value, name) for name, value in found.items() if value is not None)
     axis.barh([name for _, name in known], [value for value, _ in known], color=[colour(n) for _, n in known])
+    if beyond := [name for name, value in found.items() if value is None]:
+        axis.set_title(f"outside plain training's range: {', '.join(beyond)}", fontsize=6, wrap=True)
     axis.axvline(0, color="k", lw=0.8)
     axis.set_xlabel("FLOPs saved against plain training cut to the same accuracy, %")
     axis.tick_params(axis="y", labelsize=7)

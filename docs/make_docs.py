@@ -315,8 +315,11 @@ def evidence_on_images() -> str:
 def between(text: str, name: str, content: str, prefix: str = "") -> str:
     """`text` with `content` between the marks of that name."""
     body = "\n".join((prefix + line).rstrip() for line in content.splitlines())
-    marks = re.compile(rf"({prefix}<!-- {name} -->\n)(?:.*\n)*?({prefix}<!-- /{name} -->)")
-    return marks.sub(lambda match: match[1] + body + "\n" + match[2], text)
+    begin, end = (re.escape(f"{prefix}<!-- {mark}{name} -->") for mark in ("", "/"))
+    text, count = re.subn(rf"({begin}\n)(?:.*\n)*?({end})", lambda m: m[1] + body + "\n" + m[2], text)
+    if count != 1:
+        raise ValueError(f"marks {name}: expected one pair, found {count}")
+    return text
 
 
 def derived() -> dict[Path, str]:
@@ -342,7 +345,7 @@ def search() -> str:
     for chapter, tried in trials.CHAPTERS.items():
         text = between(text, chapter, proof.trial_table(tried, trials.DEFAULT))
     sentences = [
-        f"`{bed}`: {proof.where(bed, 'held_out')}"
+        f"`{bed}`: {proof.where(bed, judged='held_out')}"
         for bed in ("four", "tail", "four-20", "ten", "long", "tuned")
     ]
     return between(text, "where", "\n\n".join(sentences))
@@ -392,7 +395,8 @@ def responses() -> str:
         )
     words = (
         f"Stream: {found['stream']}; the target steps {found['step']} of the replay. Settled: the rate, "
-        f"averaged over ten decisions, stays within {found['band']:.0%} of the target. {found['device']}, "
+        f"averaged over {found['smoothed']:,} candidates, stays within {found['band']:.0%} of the target or "
+        f"what chance makes of it. {found['device']}, "
         f"{found['date']}; `{found['command']}`."
     )
     return "\n".join([*rows, "", words])
@@ -406,7 +410,7 @@ def headline() -> str:
         "four": "20,000 images of four classes, 16 epochs",
         "ten": "10,000 images of ten classes, 30 epochs",
     }
-    return proof.headline(beds) + "\n\n" + proof.where("long")
+    return proof.headline(beds) + "\n\n" + proof.where(*beds)
 
 
 def all_evidence() -> str:
@@ -414,6 +418,7 @@ def all_evidence() -> str:
     text = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
     for bed in trials.compare.FULL:
         text = between(text, f"table {bed}", proof.table(bed) + "\n\n" + proof.where(bed))
+    for bed in ("long", "tail", "four"):
         text = between(text, f"times {bed}", proof.times(bed))
     return between(between(text, "peer", peer()), "controller", responses())
 

@@ -13,6 +13,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import beds
 import compare
+import controller
 import evidence
 import rules
 
@@ -214,9 +215,30 @@ def test_names_are_split_at_commas_that_end_a_policy():
     assert compare.split_names(text) == parts
 
 
-@pytest.mark.parametrize("name", ["nothing@0.2", "ast@0.2:floor=0"])
+def test_results_of_other_code_are_kept_and_said_to_be(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "measure", lambda *_: {"accuracy": 1.0, "cost": 1.0, "train_seconds": 1.0})
+    tiny.run("full", 0)
+    tiny.ground = "another"
+    capsys.readouterr()
+    assert tiny.run("full", 0)["accuracy"] == 1.0
+    tiny.run("full", 0)
+    assert capsys.readouterr().out == "tiny: some kept results were made by another ground\n"
+
+
+def test_rivals_get_what_ast_costs():
+    for name in ("four", "long"):
+        bed = beds.BEDS[name]
+        names = compare.policies(bed, [0.2], [])
+        assert names[:3] == ["full", "ast@0.2", "random@0.2"]
+        short, rs2 = (float(name.partition("@")[2]) for name in names[3:])
+        assert rs2 == pytest.approx(compare.paid(bed, 0.2), abs=1e-4)
+        assert 0 <= short - rs2 < 1 / bed.settings["epochs"]
+        assert compare.policy(names[3], bed).settings["epochs"] == round(short * bed.settings["epochs"])
+
+
+@pytest.mark.parametrize("name", ["nothing@0.2", "ast@0.2:floor=0", "ast@0.2:temprature=1"])
 def test_an_unknown_policy_is_refused_in_a_sentence(name):
-    with pytest.raises(SystemExit, match="expected one of"):
+    with pytest.raises(SystemExit, match="expected"):
         compare.policy(name, beds.BEDS["four"])
 
 
@@ -248,6 +270,81 @@ def test_saving_is_against_plain_training_of_the_same_accuracy():
     assert evidence.saving_at_equal_accuracy(runs, "ast@0.2") == pytest.approx(100 * (1 - 0.3 / 0.75))
     runs["ast@0.2"] = of([97.0], 0.3)
     assert evidence.saving_at_equal_accuracy(runs, "ast@0.2") is None
+
+
+def test_plain_training_that_is_dearer_and_no_better_does_not_flatter_a_policy():
+    runs = {"full": of([95.5], 1.0), "short@0.4": of([95.2], 0.4), "ast@0.2": of([95.25], 0.3)}
+    without = evidence.saving_at_equal_accuracy(runs, "ast@0.2")
+    runs["short@0.6"] = of([95.0], 0.6)
+    assert evidence.saving_at_equal_accuracy(runs, "ast@0.2") == without
+
+
+@pytest.mark.parametrize(
+    "policy,rival",
+    [
+        ("ast@0.2", "random@0.2"),
+        ("ast@0.1:weight_gamma=0", "random@0.1"),
+        ("ast@0.2:anneal_epochs=0", None),
+        ("infobatch", None),
+        ("short@0.4375", None),
+        ("full", None),
+    ],
+)
+def test_a_policy_is_held_against_random_of_its_own_rate_and_phases_alone(policy, rival):
+    assert evidence.rival_of(policy) == rival
+
+
+def test_the_headline_names_what_is_proven_and_what_is_not(monkeypatch):
+    runs = {
+        "full": of([96.0, 96.1, 95.9], 1.0),
+        "short@0.3": of([80.0] * 3, 0.3),
+        "short@0.5": of([95.0, 95.1, 94.9], 0.5),
+        "random@0.2": of([95.5, 95.6, 95.4], 0.4),
+        "ast@0.2": of([95.9, 96.0, 95.8], 0.4),
+        "ast@0.1": of([94.0, 96.0, 95.0], 0.2),
+        "random@0.1": of([95.0], 0.2),
+    }
+    monkeypatch.setattr(evidence, "load", lambda bed: runs)
+    first, second = evidence.headline({"bed": "words"}).splitlines()[2:]
+    gaps = "+0.40 ± 0.00 (3) | +0.90 ± 0.00 (3) | -0.10 ± 0.00 (3) (not inferior)"
+    assert first == f"| words | 0.2 | 95.90 | {gaps} | 60 % |", "short@0.3 is cheaper than AST, so no rival"
+    assert "not inferior" not in second
+    assert "| -1.00 (1) |" in second
+
+
+def test_tables_are_made_of_every_policy(monkeypatch):
+    runs = {"full": of([96.0, 96.2], 1.0, [(5.0, 90.0), (10.0, 96.2)]), "ast@0.2": of([95.0, 95.2], 0.4)}
+    monkeypatch.setattr(evidence, "load", lambda *_: runs)
+    head, _, *lines = evidence.table("bed").splitlines()
+    assert {line.count("|") for line in lines} == {head.count("|")}
+    assert "-1.00 ± 0.00 (2)" in lines[1]
+    assert "| full | 5 s | 10 s | 10 s | 10 s |" in evidence.times("bed")
+
+
+# --- the controller's responses ---
+
+
+def answer(rate_at, target, decisions=400, size=100, n=5000):
+    times = np.arange(1, decisions + 1) * size / n
+    return controller.judge([(t, rate_at(t - controller.BEFORE)) for t in times], target, n)
+
+
+def test_a_controller_that_steps_at_once_has_settled_at_once():
+    found = answer(lambda t: 0.5 if t <= 0 else 0.1, 0.1)
+    assert found == {"settling_epochs": 0.0, "overshoot": 0.0, "error_at_the_end": 0.0}
+
+
+def test_one_that_creeps_settles_when_it_arrives_and_one_that_stays_never():
+    creeping = answer(lambda t: max(0.1, 0.5 - 0.2 * max(0.0, t)), 0.1)
+    assert 1.8 < creeping["settling_epochs"] < 2.7
+    staying = answer(lambda t: 0.5, 0.1)
+    assert staying["settling_epochs"] is None
+    assert staying["error_at_the_end"] == pytest.approx(0.4)
+
+
+def test_overshoot_is_what_lies_beyond_the_target():
+    found = answer(lambda t: 0.5 if t <= 0 else 0.05 if t < 1 else 0.1, 0.1)
+    assert found["overshoot"] == pytest.approx(0.05)
 
 
 def test_the_time_to_a_share_of_fulls_accuracy_needs_every_seed():
