@@ -20,7 +20,6 @@ import json
 import math
 import os
 import re
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
@@ -199,9 +198,9 @@ def place(bed: str, name: str, seed: int, held_out: bool) -> Path:
 def keep(file: Path, found: dict) -> None:
     """Writes a result whole, or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, suffix=".part") as part:
-        part.write(json.dumps(found, indent=1) + "\n")
-    os.replace(part.name, file)
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, file)
 
 
 def pretrained(data: ast.ImageData, bed: Bed) -> dict[str, torch.Tensor]:

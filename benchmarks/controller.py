@@ -86,10 +86,11 @@ def judge(trace: list[tuple[float, float]], target: float, n: int) -> dict:
     """Settling time (epochs after the step), overshoot and remaining error of a response.
 
     The rate is averaged over the last SMOOTHED candidates since the step. Settled means that it stays within
-    BAND of the target, or within two standard deviations of what pure chance would do, if that is more.
+    BAND of the target, or within four standard deviations of what pure chance would do, if that is more (two
+    would be left by chance alone, in as many decisions).
     """
     times, rates = (np.array(column) for column in zip(*trace, strict=True))
-    after = times > BEFORE
+    after = times > BEFORE + 1e-6  # sums of fractions are not exact
     begins = np.concatenate([[0.0], times[:-1]])
     sizes = (times - begins)[after] * n
     taken = rates[after] * sizes
@@ -98,7 +99,7 @@ def judge(trace: list[tuple[float, float]], target: float, n: int) -> dict:
     for i in range(len(moved)):
         window = np.cumsum(sizes[: i + 1][::-1]) <= SMOOTHED + sizes[i]
         smooth[i] = taken[: i + 1][::-1][window].sum() / sizes[: i + 1][::-1][window].sum()
-    band = max(BAND * target, 2 * np.sqrt(target * (1 - target) / SMOOTHED))
+    band = max(BAND * target, 4 * np.sqrt(target * (1 - target) / SMOOTHED))
     outside = moved[np.abs(smooth - target) > band]
     settled = float(outside[-1]) if len(outside) else 0.0
     sign = np.sign(target - 0.5)

@@ -20,6 +20,7 @@ from scipy.stats import t as student
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "benchmarks" / "results" / "compare"
 MARGIN = 0.3  # points below full's accuracy that still count as not inferior; fixed before any run
+NOTHING = "Not measured yet."
 SHARES = (0.90, 0.95, 0.99, 1.00)  # of full's accuracy, for the time to reach it
 
 
@@ -99,6 +100,8 @@ def seconds_to(runs: dict, policy: str, share: float) -> float | None:
 def table(bed: str, judged: str = "test") -> str:
     """Accuracy and cost of every policy, dearest first, as markdown."""
     runs = load(bed, judged)
+    if not runs:
+        return NOTHING
     head = (
         "| policy | seeds | accuracy, % | worst class | minus `random` at its rate | minus `full` | "
         "activated | FLOPs ÷ full's | training s | total s |"
@@ -137,7 +140,7 @@ def headline(beds: dict[str, str]) -> str:
                 f"| {words} | {rate} | {mean(runs[name], 'accuracy'):.2f} | {shown[0]} | {shown[1]} | "
                 f"{shown[2]}{verdict(full)} | {time_saved(runs, name):.0f} % |"
             )
-    return "\n".join(rows)
+    return "\n".join(rows) if len(rows) > 2 else NOTHING
 
 
 def time_saved(runs: dict, policy: str) -> float:
@@ -155,6 +158,8 @@ def verdict(full: Gap | None) -> str:
 def times(bed: str) -> str:
     """Training seconds until shares of full's accuracy, as markdown."""
     runs = load(bed)
+    if not runs:
+        return NOTHING
     rows = ["| policy | " + " | ".join(f"{share:.0%}" for share in SHARES) + " |", "|" + "---|" * 5]
     for name in sorted(runs, key=lambda name: -mean(runs[name], "cost")):
         cells = [seconds_to(runs, name, share) for share in SHARES]
@@ -166,7 +171,7 @@ def where(*beds: str, judged: str = "test") -> str:
     """Machine, days, programs and sensors of the runs on beds, in one sentence."""
     runs = [run for bed in beds for own in load(bed, judged).values() for run in own.values()]
     if not runs:
-        return "Nothing measured yet."
+        return NOTHING
     one = {key: ", ".join(sorted({str(run[key]) for run in runs})) for key in ("device", "torch", "date")}
     programs = ", ".join(sorted({run["program"] for run in runs}))
     joules = ", ".join(sorted({run["joules_method"] for run in runs}))
@@ -246,12 +251,15 @@ def trial_table(trials: list, default: str) -> str:
     for trial in trials:
         for bed in trial.beds:
             runs = load(bed, "held_out")
-            if found := gap(runs, trial.policy, default):
-                wrong = [run["wrong_share"] for run in runs[trial.policy].values()]
-                share = "" if wrong[0] is None else f"; {statistics.mean(wrong):.0%} wrong in gated epochs"
-                cost = mean(runs[trial.policy], "cost")
-                rows.append(f"| `{trial.policy}` | {trial.expected} | {bed} | {found}{share} | {cost:.3f} |")
-    return "\n".join(rows)
+            found = gap(runs, trial.policy, default)
+            if trial.policy not in runs or (found is None and trial.policy != default):
+                continue
+            wrong = [run["wrong_share"] for run in runs[trial.policy].values()]
+            came = str(found or "the default itself")
+            came += "" if wrong[0] is None else f"; {statistics.mean(wrong):.0%} wrong in gated epochs"
+            cost = mean(runs[trial.policy], "cost")
+            rows.append(f"| `{trial.policy}` | {trial.expected} | {bed} | {came} | {cost:.3f} |")
+    return "\n".join(rows) if len(rows) > 2 else NOTHING
 
 
 def main() -> None:

@@ -119,8 +119,21 @@ def inside(data: str, seeds: list[int]) -> None:
         kept = ("accuracy", "train_seconds", "activation_rate", "cost")
         return {key: found[key] for key in kept}
 
-    runs = []
+    found = {
+        "package": f"adaptive-sparse-training {importlib.metadata.version('adaptive-sparse-training')}",
+        "bed": bed.what,
+        "judged_on": "test images",
+        "target": TARGET,
+        "command": f"python benchmarks/peer.py --seeds {','.join(map(str, seeds))}",
+        "torch": torch.__version__,
+        "device": ast.device_name("cpu"),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    kept = json.loads(RESULT.read_text())["runs"] if RESULT.exists() else []
+    runs = [run for run in kept if run["seed"] in seeds]  # goes on after a stop
     for seed in seeds:
+        if seed in [run["seed"] for run in runs]:
+            continue
         run = {"seed": seed}
         if seed % 2:
             run["full"] = with_kit("full", seed)
@@ -133,18 +146,7 @@ def inside(data: str, seeds: list[int]) -> None:
             run["full"] = with_kit("full", seed)
         runs.append(run)
         print(json.dumps(run), flush=True)
-    found = {
-        "package": f"adaptive-sparse-training {importlib.metadata.version('adaptive-sparse-training')}",
-        "bed": bed.what,
-        "judged_on": "test images",
-        "target": TARGET,
-        "runs": runs,
-        "command": f"python benchmarks/peer.py --seeds {','.join(map(str, seeds))}",
-        "torch": torch.__version__,
-        "device": ast.device_name("cpu"),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    compare.keep(RESULT, found)
+        compare.keep(RESULT, {**found, "runs": runs})
 
 
 def main() -> None:

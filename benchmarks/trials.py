@@ -132,6 +132,7 @@ CHAPTERS: dict[str, list[Trial]] = {
         Trial("random-shrink@0.2", "nearly the same: the cheap steps do it", ("four",)),
     ],
     "A fifth of the labels wrong: the guard": [
+        Trial("ast@0.2", "more wrong labels than chance, but not many more", ("four-20",)),
         Trial("random@0.2", "below the default, and sees a fifth of wrong labels", ("four-20",)),
         Trial("ast@0.2:guard=false", "worse: without the guard it lives on wrong labels", ("four-20", *ALL)),
         Trial("ast@0.2:guard=false,temperature=1.0", "close to random", ("four-20",)),
