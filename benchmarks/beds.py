@@ -1,4 +1,4 @@
-"""The test beds of `compare.py`: which images, which model, how long; each small enough for two cores.
+"""The test beds of `compare.py`: which images, which model, how long. All but `whole` suit two cores.
 
 A bed is trained on CIFAR-10 images. While a rule is searched for, 5,000 of the training images are held out
 and judge it; the test images are seen by the headline rows only.
@@ -29,6 +29,7 @@ class Bed:
     tail: float = 1.0  # images of the rarest class ÷ images of the most frequent
     wrong: float = 0.0  # share of the training labels replaced by another class
     pretrained: bool = False  # begin with weights trained on the other classes
+    shipped: bool = False  # the program's own model and recipe, not the compact network
     settings: dict = field(default_factory=dict)
 
     def split(self, data: ast.ImageData, held_out: bool) -> "Split":
@@ -106,6 +107,11 @@ BEDS: dict[str, Bed] = {
         "CIFAR-10 with a long tail: 20 images of the commonest class for one of the rarest, 16 epochs",
         tail=1 / 20,
         settings={"epochs": 16, **RECIPE},
+    ),
+    "whole": Bed(
+        "all of CIFAR-10, the program's `resnet` and its own recipe, 20 epochs, on a GPU",
+        shipped=True,
+        settings={"device": "cuda", "model": "resnet", "epochs": 20, "batch_size": 512, "lr": 0.28},
     ),
 }
 BEDS["shapes"] = Bed(

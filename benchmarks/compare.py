@@ -35,7 +35,6 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 GROUND = ("beds.py", "compact.py", "rules.py", "compare.py")
 RESULTS = ROOT / "benchmarks" / "results" / "compare"
-CPU = torch.device("cpu")
 AT_LEAST, AT_MOST = 5, 20  # seeds of the headline rows
 ENOUGH = 0.15  # points, the half-width of a paired interval at which no more seeds are added
 
@@ -125,19 +124,24 @@ def value(text: str) -> object:
 
 def build(bed: Bed, chosen: Policy, seed: int, split: Split) -> ast.AdaptiveSparseTrainer:
     """A silent trainer of the bed's network and recipe."""
-    settings = ast.replace(ast.Settings(), device="cpu", **{**bed.settings, **chosen.settings})
+    settings = ast.replace(ast.Settings(), **{"device": "cpu", **bed.settings, **chosen.settings})
     settings, _ = ast.let_device_decide(settings)
+    device = torch.device(settings.device)
     torch.manual_seed(seed)
-    model = compact(len(bed.classes), split.images)
+    if bed.shipped:
+        model = ast.build_model(settings, len(bed.classes)).to(device)
+        optimizer, criterion = ast.recipe(settings, model)
+    else:
+        model = compact(len(bed.classes), split.images).to(device)
+        optimizer, criterion = recipe(settings, model)
     if split.weights:
         model.load_state_dict(model.state_dict() | split.weights)
-    optimizer, criterion = recipe(settings, model)
     config = ast.ASTConfig.from_settings(settings)
     gate = chosen.gate and chosen.gate(config, split, lambda images, labels: trainer.score(images, labels))  # noqa: PLW0108
     trainer = chosen.trainer(
         model,
-        ast.ArraySource(split.images, split.labels, CPU, settings.batch_size, ast.augment),
-        ast.ArraySource(split.judge_images, split.judge_labels, CPU, settings.batch_size, ast.plain_view),
+        ast.ArraySource(split.images, split.labels, device, settings.batch_size, ast.augment),
+        ast.ArraySource(split.judge_images, split.judge_labels, device, settings.batch_size, ast.plain_view),
         config,
         optimizer,
         criterion,
@@ -174,6 +178,7 @@ def measure(bed: Bed, chosen: Policy, seed: int, split: Split, every_epoch: bool
         "total_seconds": round(result["total_seconds"], 2),
         "joules": result["joules"],
         "joules_method": result["joules_method"],
+        "amp": str(trainer.dtype or "off").removeprefix("torch."),
         "curve": curve,
         "wrong_share": float(times[wrong].sum() / times.sum()) if wrong.any() and times.sum() else None,
     }
@@ -183,7 +188,7 @@ def worst_class(trainer: ast.AdaptiveSparseTrainer, split: Split) -> float:
     """Accuracy of the class that fares worst, percent."""
     with ast.evaluating(trainer.judged), trainer.autocast():
         answers = torch.cat([trainer.judged(images).argmax(1) for images, _ in trainer.val_source.in_order()])
-    right = answers == split.judge_labels
+    right = answers.cpu() == split.judge_labels
     return min(
         100 * float(right[split.judge_labels == c].float().mean()) for c in split.judge_labels.unique()
     )
@@ -251,7 +256,7 @@ class Comparison:
             "program": self.program,  # the shipped file's hash
             "ground": self.ground,  # that of beds, network, rules and this file
             "torch": torch.__version__,
-            "device": ast.device_name("cpu"),
+            "device": ast.device_name(self.bed.settings.get("device", "cpu")),
             "date": time.strftime("%Y-%m-%d"),
         }
         keep(file, found)
