@@ -1812,7 +1812,7 @@ class ProxyGate(LiveGate):
             logits = self.network(images)
         self.optimizer.zero_grad(set_to_none=True)
         F.cross_entropy(logits.float(), labels).backward()
-        guarded_step(self.network, self.optimizer, torch.amp.GradScaler(enabled=False), [])
+        guarded_step(self.network, self.optimizer, torch.amp.GradScaler(enabled=False), torch.empty(0))
 
     def _begin(self, network: nn.Module) -> None:
         self.network = network
@@ -2328,7 +2328,7 @@ def as_source(data: object, device: torch.device, batch_size: int, name: str) ->
 # An epoch offers every sample once, in random order, chunk by chunk. The gate decides on a chunk only when
 # its batches are asked for, so it always knows the newest scores, and a dragged slider takes hold at the
 # next chunk, not the next epoch. What it activates is packed into full batches; a remainder waits for the
-# next chunk.
+# next chunk, and at the end of the epoch is shared between the last two.
 
 
 # %% An epoch's plan tags=["shared"]
@@ -2359,7 +2359,7 @@ class Plan:
         for indices, _ in list(self.on_the_way):
             yield indices
         while True:
-            while len(self.indices) < self.batch_size + 2 and not self.offered_all:
+            while len(self.indices) < 2 * self.batch_size and not self.offered_all:
                 self._offer()
             if not len(self.indices):
                 return
@@ -2376,8 +2376,11 @@ class Plan:
         self.indices, self.weights = torch.cat([self.indices, indices]), torch.cat([self.weights, weights])
 
     def _take(self, held: int) -> int:
-        # A lone last sample joins the batch before it: batch norm cannot train on one.
-        return held if held <= self.batch_size + 1 and held != self.batch_size else self.batch_size
+        # The last two batches share what is left: a remainder of a few samples would take as long a step as a
+        # whole batch. A lone last sample joins the batch before it: batch norm cannot train on one.
+        if held >= 2 * self.batch_size:
+            return self.batch_size
+        return held if held <= self.batch_size + 1 else math.ceil(held / 2)
 
     def received(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Weights of the samples that arrived, and the indices of those that did not."""
@@ -2390,7 +2393,7 @@ class Plan:
     def pack(self) -> Iterator[tuple[Tensor, ...]]:
         """Full batches out of `views`; at the end of the epoch, the rest."""
         done = self.offered_all and not self.on_the_way and not len(self.indices)
-        while (held := sum(len(part[0]) for part in self.views)) >= (1 if done else self.batch_size + 2):
+        while (held := sum(len(part[0]) for part in self.views)) >= (1 if done else 2 * self.batch_size):
             joined = tuple(torch.cat(parts) for parts in zip(*self.views, strict=True))
             take = self._take(held)
             self.views = [tuple(part[take:] for part in joined)] if held > take else []
@@ -2499,12 +2502,12 @@ def guarded_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    before: list[Tensor],
+    before: Tensor,
     clip_norm: float = 0.0,
 ) -> Tensor:
     """Steps, or leaves no trace where the gradients are not finite; returns which, a bool on the device.
 
-    before: the floating-point buffers as they were before the forward pass. clip_norm: gradients of a larger
+    before: the floating-point buffers, `joined`, as before the forward pass. clip_norm: gradients of a larger
     norm are scaled down to it; 0 leaves them. An optimizer that is not fused costs a copy of the weights, and
     one sync a step on a GPU: for fp16 GradScaler reads its own flag, and Adam counts steps on the CPU.
     """
@@ -2522,9 +2525,8 @@ def guarded_step(
     else:
         step_or_undo(optimizer, scaler, weights, ok)
     scaler.update()
-    with torch.no_grad():
-        for value, old in zip(float_buffers(model), before, strict=True):
-            value.copy_(torch.where(ok.to(value.device), value, old))
+    buffers = float_buffers(model)
+    put_back(buffers, torch.where(ok.to(before.device), joined(buffers), before))
     return ok
 
 
@@ -2564,6 +2566,19 @@ def moments(optimizer: torch.optim.Optimizer, weight: Tensor) -> list[Tensor]:
 
 def float_buffers(model: nn.Module) -> list[Tensor]:
     return [b for b in model.buffers() if b.is_floating_point()]
+
+
+def joined(values: list[Tensor]) -> Tensor:
+    """A flat copy of all values: one kernel, since a fast GPU waits for launches more than for bytes."""
+    return torch.cat([value.flatten() for value in values]) if values else torch.empty(0)
+
+
+@torch.no_grad()
+def put_back(values: list[Tensor], copy: Tensor) -> None:
+    """Gives values what `joined` made of them."""
+    if values:
+        parts = copy.split([value.numel() for value in values])
+        torch._foreach_copy_(values, [part.view_as(v) for part, v in zip(parts, values, strict=True)])
 
 
 # %% Why a trainer that prints nothing [markdown] tags=["shared"]
@@ -3038,7 +3053,7 @@ class AdaptiveSparseTrainer:
         shape = learning_rate_shape(self.progress) * self.controls.values["learning_rate_factor"]
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * shape
-        before = [b.clone() for b in float_buffers(self.model)]
+        before = joined(float_buffers(self.model))
 
         def attempt(parts: int) -> tuple[Tensor, Tensor]:
             self.optimizer.zero_grad(set_to_none=True)
@@ -3049,9 +3064,7 @@ class AdaptiveSparseTrainer:
 
         def undo() -> None:
             self.optimizer.zero_grad(set_to_none=True)
-            with torch.no_grad():
-                for value, old in zip(float_buffers(self.model), before, strict=True):
-                    value.copy_(old)
+            put_back(float_buffers(self.model), before)
 
         losses, score = self._afford("training", len(labels), attempt, undo)
         ok = guarded_step(self.model, self.optimizer, self.scaler, before, self.config.clip_norm)

@@ -792,7 +792,7 @@ images = torch.randint(0, 256, (256, 64, 64, 3), dtype=torch.uint8).numpy()
 labels = (torch.arange(256) % 10).numpy()
 notices = []
 trainer = program.AdaptiveSparseTrainer(
-    model, (images, labels), (images[:32], labels[:32]), {"batch_size": 256, "amp": "off"},
+    model, (images, labels), (images[:32], labels[:32]), {"batch_size": 256, "amp": "off", "device": "cpu"},
     torch.optim.SGD(model.parameters(), lr=0.01),
     listeners=[lambda event, data: notices.append(data["text"]) if event == "notice" else None],
 )
