@@ -132,7 +132,7 @@ def build(bed: Bed, chosen: Policy, seed: int, split: Split) -> ast.AdaptiveSpar
         model = ast.build_model(settings, len(bed.classes)).to(device)
         optimizer, criterion = ast.recipe(settings, model)
     else:
-        model = compact(len(bed.classes), split.images).to(device)
+        model = compact(len(bed.classes), split.images, settings.batch_size).to(device)
         optimizer, criterion = recipe(settings, model)
     if split.weights:
         model.load_state_dict(model.state_dict() | split.weights)
@@ -226,8 +226,10 @@ def pretrained(data: ast.ImageData, bed: Bed) -> dict[str, torch.Tensor]:
 
 
 def digest(*files: Path) -> str:
-    """The first 12 digits of the SHA-256 of files."""
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+    """The first 12 digits of the SHA-256 of files, whose comments (and a program's markdown) do not count."""
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    code = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
+    return hashlib.sha256(code.encode()).hexdigest()[:12]
 
 
 class Comparison:
@@ -317,6 +319,7 @@ FULL = {
     "tuned": ((0.2,), ["infobatch"]),
     "ten": ((0.2,), ["infobatch", "proxy@0.2"]),
     **dict.fromkeys(("four-10", "four-20", "four-40", "shapes", "shapes-20"), ((0.2,), NOISY)),
+    "whole": ((0.4, 0.2), ["infobatch", "shuffled@0.2"]),  # where there is a GPU
 }
 QUICK = {"quick": ((0.2,), RULES)}
 RIVALS = {f"ast@{rate}": f"random@{rate}" for rate in RATES}
@@ -368,6 +371,9 @@ def main() -> None:
         return ast.load_data(ast.replace(ast.Settings(), data=sets[name], data_dir="data"), print)
 
     for bed, compared in beds.items():
+        if not given.bed and BEDS[bed].settings.get("device") == "cuda" and not torch.cuda.is_available():
+            print(f"{bed}: left out, since there is no GPU", flush=True)
+            continue
         chosen = split_names(given.policies) if given.policies else policies(BEDS[bed], *compared)
         rivals = {a: b for a, b in RIVALS.items() if {a, b} <= {*chosen}}
         Comparison(bed, load(BEDS[bed].data), given.held_out).run_all(

@@ -104,9 +104,9 @@ def table(bed: str, judged: str = "test") -> str:
         return NOTHING
     head = (
         "| policy | seeds | accuracy, % | worst class | minus `random` at its rate | minus `full` | "
-        "activated | FLOPs ÷ full's | training s | total s |"
+        "activated | FLOPs ÷ full's | training s | total s | joules |"
     )
-    rows = [head, "|" + "---|" * 10]
+    rows = [head, "|" + "---|" * 11]
     for name, own in sorted(runs.items(), key=lambda item: -mean(item[1], "cost")):
         accuracies = [run["accuracy"] for run in own.values()]
         width = f" ± {half_width(accuracies):.2f}" if len(own) > 1 else ""
@@ -116,9 +116,14 @@ def table(bed: str, judged: str = "test") -> str:
             f"| {name} | {len(own)} | {statistics.mean(accuracies):.2f}{width} | "
             f"{mean(own, 'worst_class'):.1f} | {against or '-'} | {full or '-'}{verdict(full)} | "
             f"{mean(own, 'activation_rate'):.3f} | {mean(own, 'cost'):.3f} | "
-            f"{mean(own, 'train_seconds'):.0f} | {mean(own, 'total_seconds'):.0f} |"
+            f"{mean(own, 'train_seconds'):.0f} | {mean(own, 'total_seconds'):.0f} | {joules(own)} |"
         )
     return "\n".join(rows)
+
+
+def joules(runs: dict[int, dict]) -> str:
+    """Mean joules of a policy; a dash without a sensor, of which the line below a table says why."""
+    return f"{mean(runs, 'joules'):.0f}" if all(run["joules"] is not None for run in runs.values()) else "-"
 
 
 def headline(beds: dict[str, str]) -> str:

@@ -408,6 +408,7 @@ def headline() -> str:
         "tail": "ten classes, 20 to 1, 16 epochs",
         "four": "20,000 images of four classes, 16 epochs",
         "ten": "10,000 images of ten classes, 30 epochs",
+        "whole": "50,000 images of ten classes, 20 epochs of `resnet` on a GPU",
     }
     return proof.headline(beds) + sources_of(*beds)
 
@@ -423,7 +424,7 @@ def all_evidence() -> str:
     text = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
     for bed in trials.compare.FULL:
         text = between(text, f"table {bed}", proof.table(bed) + sources_of(bed))
-    for bed in ("long", "tail", "four"):
+    for bed in ("long", "tail", "four", "whole"):
         text = between(text, f"times {bed}", proof.times(bed))
     return between(between(text, "peer", peer()), "controller", responses())
 
