@@ -246,9 +246,9 @@ def test_an_unknown_policy_is_refused_in_a_sentence(name):
 
 
 def of(accuracies, cost=0.5, curve=()):
-    keys = {"worst_class": 80.0, "activation_rate": 0.5, "total_seconds": 9.0, "curve": list(curve)}
+    keys = {"worst_class": 80.0, "activation_rate": 0.5, "total_seconds": 9.0, "joules": None}
     return {
-        seed: {"accuracy": value, "cost": cost, "train_seconds": 10 * cost, **keys}
+        seed: {"accuracy": value, "cost": cost, "train_seconds": 10 * cost, "curve": list(curve), **keys}
         for seed, value in enumerate(accuracies)
     }
 
@@ -314,9 +314,11 @@ def test_the_headline_names_what_is_proven_and_what_is_not(monkeypatch):
 
 def test_tables_are_made_of_every_policy(monkeypatch):
     runs = {"full": of([96.0, 96.2], 1.0, [(5.0, 90.0), (10.0, 96.2)]), "ast@0.2": of([95.0, 95.2], 0.4)}
+    runs["full"][0]["joules"], runs["full"][1]["joules"] = 90.0, 110.0
     monkeypatch.setattr(evidence, "load", lambda *_: runs)
     head, _, *lines = evidence.table("bed").splitlines()
     assert {line.count("|") for line in lines} == {head.count("|")}
+    assert lines[0].endswith("| 100 |") and lines[1].endswith("| - |"), "joules only where they were measured"
     assert "-1.00 ± 0.00 (2)" in lines[1]
     assert "| full | 5 s | 10 s | 10 s | 10 s |" in evidence.times("bed")
 
