@@ -178,6 +178,7 @@ def measure(bed: Bed, chosen: Policy, seed: int, split: Split, every_epoch: bool
         "total_seconds": round(result["total_seconds"], 2),
         "joules": result["joules"],
         "joules_method": result["joules_method"],
+        "device": ast.device_name(str(trainer.device)),
         "amp": str(trainer.dtype or "off").removeprefix("torch."),
         "curve": curve,
         "wrong_share": float(times[wrong].sum() / times.sum()) if wrong.any() and times.sum() else None,
@@ -258,7 +259,6 @@ class Comparison:
             "program": self.program,  # the shipped file's hash
             "ground": self.ground,  # that of beds, network, rules and this file
             "torch": torch.__version__,
-            "device": ast.device_name(self.bed.settings.get("device", "cpu")),
             "date": time.strftime("%Y-%m-%d"),
         }
         keep(file, found)

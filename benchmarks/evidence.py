@@ -104,7 +104,7 @@ def table(bed: str, judged: str = "test") -> str:
         return NOTHING
     head = (
         "| policy | seeds | accuracy, % | worst class | minus `random` at its rate | minus `full` | "
-        "activated | FLOPs ÷ full's | training s | total s | joules |"
+        "activated | FLOPs ÷ full's | training s | total s | joules in all |"
     )
     rows = [head, "|" + "---|" * 11]
     for name, own in sorted(runs.items(), key=lambda item: -mean(item[1], "cost")):

@@ -3041,8 +3041,9 @@ class Plan:
         self.indices, self.weights = torch.cat([self.indices, indices]), torch.cat([self.weights, weights])
 
     def _take(self, held: int) -> int:
-        # The last two batches share what is left: a remainder of a few samples would take as long a step as a
-        # whole batch. A lone last sample joins the batch before it: batch norm cannot train on one.
+        # The last two batches share what is left: the gradient of a remainder of two samples is mostly noise,
+        # and would take a step of the whole learning rate. A lone last sample joins the batch before it,
+        # since batch norm cannot train on one.
         if held >= 2 * self.batch_size:
             return self.batch_size
         return held if held <= self.batch_size + 1 else math.ceil(held / 2)
@@ -3059,10 +3060,13 @@ class Plan:
         """Full batches out of `views`; at the end of the epoch, the rest."""
         done = self.offered_all and not self.on_the_way and not len(self.indices)
         while (held := sum(len(part[0]) for part in self.views)) >= (1 if done else 2 * self.batch_size):
-            joined = tuple(torch.cat(parts) for parts in zip(*self.views, strict=True))
+            waiting = tuple(torch.cat(parts) for parts in zip(*self.views, strict=True))
             take = self._take(held)
-            self.views = [tuple(part[take:] for part in joined)] if held > take else []
-            yield tuple(part[:take] for part in joined)
+            rest = [
+                tuple(part[take:].clone() for part in waiting)
+            ]  # the whole would be held, and saved, with it
+            self.views = rest if held > take else []
+            yield tuple(part[:take] for part in waiting)
 
     def batches_left(self, rate: float, through: float) -> float:
         """Estimate of the batches still to come, the one in hand not counted.
@@ -3190,8 +3194,8 @@ def guarded_step(
     else:
         step_or_undo(optimizer, scaler, weights, ok)
     scaler.update()
-    buffers = float_buffers(model)
-    put_back(buffers, torch.where(ok.to(before.device), joined(buffers), before))
+    if buffers := float_buffers(model):
+        put_back(buffers, torch.where(ok.to(before.device), joined(buffers), before))
     return ok
 
 
@@ -3241,9 +3245,8 @@ def joined(values: list[Tensor]) -> Tensor:
 @torch.no_grad()
 def put_back(values: list[Tensor], copy: Tensor) -> None:
     """Gives values what `joined` made of them."""
-    if values:
-        parts = copy.split([value.numel() for value in values])
-        torch._foreach_copy_(values, [part.view_as(v) for part, v in zip(parts, values, strict=True)])
+    parts = copy.split([value.numel() for value in values])
+    torch._foreach_copy_(values, [part.view_as(v) for part, v in zip(parts, values, strict=True)])
 
 
 # %% Why a trainer that prints nothing [markdown] tags=["shared"]
@@ -3729,7 +3732,8 @@ class AdaptiveSparseTrainer:
 
         def undo() -> None:
             self.optimizer.zero_grad(set_to_none=True)
-            put_back(float_buffers(self.model), before)
+            if buffers := float_buffers(self.model):
+                put_back(buffers, before)
 
         losses, score = self._afford("training", len(labels), attempt, undo)
         ok = guarded_step(self.model, self.optimizer, self.scaler, before, self.config.clip_norm)
