@@ -2376,7 +2376,7 @@ class Plan:
         self.indices, self.weights = torch.cat([self.indices, indices]), torch.cat([self.weights, weights])
 
     def _take(self, held: int) -> int:
-        # The last two batches share what is left: the gradient of a remainder of two samples is mostly noise,
+        # The last two batches share what is left: the gradient of four samples left over is mostly noise,
         # and would take a step of the whole learning rate. A lone last sample joins the batch before it,
         # since batch norm cannot train on one.
         if held >= 2 * self.batch_size:
