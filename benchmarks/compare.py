@@ -313,9 +313,9 @@ RULES = [
 ]
 NOISY = ["infobatch", "ast@0.2:guard=false"]
 FULL = {
-    "long": (RATES, RULES),
-    "tail": (RATES, RULES),
-    "four": (RATES, RULES),
+    "long": (RATES, [*RULES, "ast@0.45"]),  # the last of each at InfoBatch's cost
+    "tail": (RATES, [*RULES, "ast@0.6"]),
+    "four": (RATES, [*RULES, "ast@0.5"]),
     "tuned": ((0.2,), ["infobatch"]),
     "ten": ((0.2,), ["infobatch", "proxy@0.2"]),
     **dict.fromkeys(("four-10", "four-20", "four-40", "shapes", "shapes-20"), ((0.2,), NOISY)),

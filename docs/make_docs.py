@@ -404,8 +404,8 @@ def responses() -> str:
 def headline() -> str:
     """AST beside its rivals on the beds that have been judged on test images."""
     beds = {
+        "tail": "ten classes, 20 images of the commonest for one of the rarest, 16 epochs",
         "long": "5,000 images of four classes, 60 epochs",
-        "tail": "ten classes, 20 to 1, 16 epochs",
         "four": "20,000 images of four classes, 16 epochs",
         "ten": "10,000 images of ten classes, 30 epochs",
         "whole": "50,000 images of ten classes, 20 epochs of `resnet` on a GPU",

@@ -242,6 +242,17 @@ def test_an_unknown_policy_is_refused_in_a_sentence(name):
         compare.policy(name, beds.BEDS["four"])
 
 
+def test_running_statistics_average_as_many_samples_whatever_the_batch():
+    images = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+
+    def momenta(batch_size):
+        network = compare.compact(4, images, batch_size)
+        return {m.momentum for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)}
+
+    assert momenta(1024) == {0.4}, "airbench's own"
+    assert momenta(32) == {0.4 / 32}
+
+
 # --- what is said about them ---
 
 
@@ -303,13 +314,16 @@ def test_the_headline_names_what_is_proven_and_what_is_not(monkeypatch):
         "ast@0.2": of([95.9, 96.0, 95.8], 0.4),
         "ast@0.1": of([94.0, 96.0, 95.0], 0.2),
         "random@0.1": of([95.0], 0.2),
+        "infobatch": of([93.0] * 3, 0.25),
+        "ast@0.1:temperature=1": of([99.0], 0.2),
     }
     monkeypatch.setattr(evidence, "load", lambda bed: runs)
     first, second = evidence.headline({"bed": "words"}).splitlines()[2:]
-    gaps = "+0.40 ± 0.00 (3) | +0.90 ± 0.00 (3) | -0.10 ± 0.00 (3) (not inferior)"
+    gaps = "+0.40 ± 0.00 (3) | +0.90 ± 0.00 (3) | - | -0.10 ± 0.00 (3) (not inferior)"
     assert first == f"| words | 0.2 | 95.90 | {gaps} | 60 % |", "short@0.3 is cheaper than AST, so no rival"
     assert "not inferior" not in second
     assert "| -1.00 (1) |" in second
+    assert "| +2.00 ± 2.48 (3) |" in second, "InfoBatch is a rival where it costs as much, or a little more"
 
 
 def test_tables_are_made_of_every_policy(monkeypatch):
