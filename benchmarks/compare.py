@@ -77,6 +77,8 @@ KINDS: dict[str, Policy] = {
     "live": Policy({"gate": "live", "live_rule": "topk"}),
     "proxy": Policy({"gate": "proxy"}),
     "curriculum": Policy({}, before_loader(rules.Curriculum)),
+    # By chance, every class as often: needs labels, and tells what of AST's lead is owed to balance alone.
+    "balanced": Policy({}, lambda config, split, score: rules.Balanced(config, split.labels)),
     # Active learning's margin between the two likeliest classes (Scheffer et al. 2001), remembered.
     "margin": Policy({"significance": "margin", "guard": False}),
     # A step at half resolution for what is skipped; chosen by significance, or by chance.
@@ -299,6 +301,7 @@ class Comparison:
 RATES = (0.4, 0.2, 0.1)  # activation rates of the sparse epochs at which AST meets its rivals
 RULES = [
     "shuffled@0.2",
+    "balanced@0.2",
     "infobatch",
     "selective-backprop@0.2",
     "original@0.2",

@@ -5,7 +5,7 @@ state_dict() and load_state_dict(state); `needs_views` says that it looks at aug
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -132,9 +132,36 @@ class Shrinking(ast.AdaptiveSparseTrainer):
         )
 
 
+class Balanced(ast.RandomGate):
+    """By chance, but of every class as many, which takes labels and no significance: what a long tail's
+    gain may be owed to (class-balanced sampling, Kang et al. 2020). Weighted like the kit's gate."""
+
+    def __init__(self, config: ast.ASTConfig, labels: Tensor):
+        super().__init__()
+        self.config, self.labels, self.phase = config, labels, 0.5
+
+    def select(self, candidates: Tensor, target: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Activates target·m of the m candidates; classes with too few give all they have."""
+        inverse = 1 / self.labels.bincount()[self.labels[candidates]]
+        p, _ = probability_of(
+            target * len(candidates), lambda level: (inverse * math.exp(-level)).clamp(max=1)
+        )
+        taken, self.phase = ast.systematic(p, self.phase)
+        return candidates[taken], ast.importance_weights(p[taken], self.config.weight_gamma, target)
+
+
+def probability_of(count: float, p_at: Callable[[float], Tensor]) -> tuple[Tensor, float]:
+    """The probabilities `p_at(level)`, falling with the level, whose sum is `count`; and that level."""
+    low, high = -30.0, 30.0
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if float(p_at(middle).sum()) > count else (low, middle)
+    return p_at(low), low
+
+
 @dataclass(frozen=True)
 class Knobs:
-    """What the search turns in the kit's own gate; the defaults are what the kit started with."""
+    """What the search turns in the kit's own gate; the defaults are the kit's."""
 
     floor: float = 0.25  # exploration floor f, as a share of the activation rate
     newest: float = 0.5  # share of a new loss in the remembered one
@@ -146,10 +173,11 @@ class Knobs:
     per_class: float = 0.0  # each class activates at least this share of its fair count
     cap: float = 4.0  # largest weight before scaling
     temperature_of_rate: float = 0.0  # T = min(temperature, this · a); 0: T alone
-    guard_quantile: float = 0.0  # a sample whose loss ranks above this, visit after visit, ranks as average
-    guard_visits: int = 3  # that many visits
-    guard_fall: float = 1.0  # a loss below this share of the one before counts as falling
-    guard_rank: float = 0.5  # rank that such a sample is given
+    guard_quantile: float = (
+        ast.Memory.TOP
+    )  # a loss that ranks above this, visit after visit, ranks as average
+    guard_visits: int = ast.Memory.VISITS  # that many visits
+    guard_fall: float = ast.Memory.FALL  # a loss below this share of the one before counts as falling
 
 
 class Turned(ast.RememberedGate):
@@ -158,14 +186,13 @@ class Turned(ast.RememberedGate):
     def __init__(self, config: ast.ASTConfig, n: int, knobs: Knobs, labels: Tensor):
         super().__init__(config, n)
         self.knobs, self.labels, self.mean = knobs, labels, 1.0
-        self.stuck = torch.zeros(n, dtype=torch.uint8)  # visits in the top without falling
+        self.memory.TOP, self.memory.FALL = knobs.guard_quantile, knobs.guard_fall
+        self.memory.VISITS = knobs.guard_visits
 
     def select(self, candidates: Tensor, target: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """As RememberedGate, by the knobs."""
         knobs, m = self.knobs, len(candidates)
         u = self.memory.rank(candidates)
-        if knobs.guard_quantile:
-            u = torch.where(self.stuck[candidates] >= knobs.guard_visits, knobs.guard_rank, u)
         if knobs.ageing:
             u = u + knobs.ageing * (self.clock - self.memory.visited[candidates]) * target
         forced = self.overdue(candidates, target)
@@ -190,6 +217,8 @@ class Turned(ast.RememberedGate):
         floor, count = self.knobs.floor * target, target * len(u) - int(forced.sum())
         if self.knobs.by_value:
             value = self.memory.significance[candidates].clamp(max=1e3)
+            guarded = (self.memory.stuck[candidates] >= self.memory.VISITS) & self.memory.guard
+            value = torch.where(guarded, value.median(), value)
 
             def p_at(level: float) -> Tensor:
                 return floor + (1 - floor) * (value * math.exp(-level)).clamp(max=1)
@@ -201,12 +230,8 @@ class Turned(ast.RememberedGate):
             def p_at(level: float) -> Tensor:
                 return floor + (1 - floor) * torch.sigmoid((u - level) / width)
 
-        low, high = -30.0, 30.0
-        for _ in range(60):
-            middle = 0.5 * (low + high)
-            low, high = (middle, high) if float(p_at(middle)[~forced].sum()) > count else (low, middle)
-        self.controller.value = low
-        return p_at(low)
+        _, self.controller.value = probability_of(count, lambda level: p_at(level)[~forced])
+        return p_at(self.controller.value)
 
     def raise_classes(self, p: Tensor, candidates: Tensor, target: float) -> Tensor:
         """Lifts classes below their share of the target, and lowers all to the same sum."""
@@ -219,21 +244,15 @@ class Turned(ast.RememberedGate):
         return p * wanted / float(p.sum())
 
     def observe(self, indices: Tensor, losses: Tensor) -> None:
-        knobs = self.knobs
+        """As RememberedGate, by the knobs."""
+        knobs, memory = self.knobs, self.memory
         good = losses.isfinite()
-        at, value = indices[good], losses[good].float()
-        if knobs.relative and len(value):
-            self.mean += 0.2 * (float(value.mean()) - self.mean)
-            value = value / self.mean
-        before = self.memory.significance[at]
-        if knobs.guard_quantile and len(value):
-            known = self.memory.significance[self.memory.significance.isfinite()]
-            if len(known):
-                top = value > known[:: max(1, len(known) // 4096)].quantile(knobs.guard_quantile)
-                stays = top & (before.isinf() | (value >= knobs.guard_fall * before))
-                self.stuck[at] = torch.where(stays, (self.stuck[at] + 1).clamp(max=200), 0)
+        if knobs.relative and good.any():
+            self.mean += 0.2 * (float(losses[good].mean()) - self.mean)
+            losses = losses / self.mean
+        at, value, before = indices[good], losses[good].float(), memory.significance[indices[good]]
+        super().observe(indices, losses)
         old = torch.where(before.isinf(), value, before)
-        new = knobs.newest * value + (1 - knobs.newest) * old
-        if knobs.trend:
-            new = new + knobs.trend * (value - old).abs()
-        self.memory.significance[at], self.memory.visited[at] = new, self.clock
+        memory.significance[at] = (
+            knobs.newest * value + (1 - knobs.newest) * old + knobs.trend * (value - old).abs()
+        )

@@ -121,7 +121,7 @@ def test_shuffled_scores_keep_the_rate_and_choose_by_chance(generator):
 
 
 @pytest.mark.parametrize("target", [0.1, 0.4])
-def test_the_turned_gate_with_no_knob_turned_is_the_kits_own_but_for_its_default_knobs(generator, target):
+def test_the_turned_gate_with_no_knob_turned_is_the_kits_own(generator, target):
     config, losses = ast.ASTConfig(), torch.rand(1000, generator=generator)
     ours = seen(ast.RememberedGate(config, 1000), losses)
     turned = seen(rules.Turned(config, 1000, rules.Knobs(), torch.zeros(1000)), losses)
@@ -132,6 +132,32 @@ def test_the_turned_gate_with_no_knob_turned_is_the_kits_own_but_for_its_default
         theirs, their_weights = turned.select(candidates, target, generator)
         assert len(set(mine.tolist()) & set(theirs.tolist())) >= len(mine) - 2
         torch.testing.assert_close(weights.sort().values, their_weights.sort().values, atol=2e-2, rtol=0)
+
+
+def test_the_turned_gates_memory_is_the_kits_own(generator):
+    ours, turned = (
+        ast.RememberedGate(ast.ASTConfig(), 500),
+        rules.Turned(ast.ASTConfig(), 500, rules.Knobs(), torch.zeros(500)),
+    )
+    for clock in range(6):
+        ours.clock = turned.clock = float(clock)
+        indices = torch.randperm(500, generator=generator)[:300]
+        losses = torch.rand(300, generator=generator).index_fill(0, torch.tensor([3]), float("nan"))
+        for gate in (ours, turned):
+            gate.observe(indices, losses)
+    everyone = torch.arange(500)
+    assert (ours.memory.stuck >= 3).any()
+    torch.testing.assert_close(ours.memory.rank(everyone), turned.memory.rank(everyone))
+
+
+def test_balanced_choice_takes_every_class_alike_and_all_of_the_rare(generator):
+    labels = torch.repeat_interleave(torch.arange(3), torch.tensor([700, 280, 20]))
+    kept, weights = rules.Balanced(ast.ASTConfig(), labels).select(
+        torch.randperm(1000, generator=generator), 0.2, generator
+    )
+    counts = labels[kept].bincount()
+    assert counts.tolist() == pytest.approx([90, 90, 20], abs=2)
+    assert float(weights[labels[kept] == 0].mean()) > float(weights[labels[kept] == 2].mean())
 
 
 @pytest.mark.parametrize("knob", [{"by_value": True}, {"per_class": 0.5}, {"ageing": 0.3}, {"floor": 0.0}])
