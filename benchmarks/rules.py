@@ -150,6 +150,14 @@ class Balanced(ast.RandomGate):
         return candidates[taken], ast.importance_weights(p[taken], self.config.weight_gamma, target)
 
 
+def even_shares(labels: Tensor, candidates: Tensor, target: float) -> Tensor:
+    """The rate of each candidate's class, [m], that activates as many of every class and target·m in all."""
+    inverse = 1 / labels.bincount()[labels[candidates]]
+    return probability_of(target * len(candidates), lambda level: (inverse * math.exp(-level)).clamp(max=1))[
+        0
+    ]
+
+
 def probability_of(count: float, p_at: Callable[[float], Tensor]) -> tuple[Tensor, float]:
     """The probabilities `p_at(level)`, falling with the level, whose sum is `count`; and that level."""
     low, high = -30.0, 30.0
@@ -170,6 +178,7 @@ class Knobs:
     ageing: float = 0.0  # ranks gained per 1/a epochs without a visit
     overdue: float = 2.0  # forced after this many 1/a epochs; 0 forces none
     by_value: bool = False  # p in proportion to the loss, not by its rank
+    balance: bool = False  # as many of every class, by significance within each
     per_class: float = 0.0  # each class activates at least this share of its fair count
     cap: float = 4.0  # largest weight before scaling
     temperature_of_rate: float = 0.0  # T = min(temperature, this · a); 0: T alone
@@ -196,7 +205,10 @@ class Turned(ast.RememberedGate):
         if knobs.ageing:
             u = u + knobs.ageing * (self.clock - self.memory.visited[candidates]) * target
         forced = self.overdue(candidates, target)
-        p = self.probability(u, candidates, forced, target)
+        if knobs.balance:
+            p = self.balanced(u, candidates, forced, target)
+        else:
+            p = self.probability(u, candidates, forced, target)
         if knobs.per_class:
             p = self.raise_classes(p, candidates, target)
         taken, self.phase = ast.systematic(torch.where(forced, 1.0, p), self.phase)
@@ -232,6 +244,17 @@ class Turned(ast.RememberedGate):
 
         _, self.controller.value = probability_of(count, lambda level: p_at(level)[~forced])
         return p_at(self.controller.value)
+
+    def balanced(self, u: Tensor, candidates: Tensor, forced: Tensor, target: float) -> Tensor:
+        """Probabilities by rank within each class, at the rates that activate as many of every class."""
+        labels, p = self.labels[candidates], torch.empty(len(candidates))
+        shares = even_shares(self.labels, candidates, target)
+        for label in labels.unique():
+            own = (labels == label).nonzero().flatten()
+            u_in_class = torch.empty(len(own))
+            u_in_class[u[own].argsort()] = (torch.arange(len(own)) + 0.5) / len(own)
+            p[own] = self.probability(u_in_class, candidates[own], forced[own], float(shares[own[0]]))
+        return p
 
     def raise_classes(self, p: Tensor, candidates: Tensor, target: float) -> Tensor:
         """Lifts classes below their share of the target, and lowers all to the same sum."""

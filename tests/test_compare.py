@@ -160,7 +160,9 @@ def test_balanced_choice_takes_every_class_alike_and_all_of_the_rare(generator):
     assert float(weights[labels[kept] == 0].mean()) > float(weights[labels[kept] == 2].mean())
 
 
-@pytest.mark.parametrize("knob", [{"by_value": True}, {"per_class": 0.5}, {"ageing": 0.3}, {"floor": 0.0}])
+@pytest.mark.parametrize(
+    "knob", [{"by_value": True}, {"balance": True}, {"per_class": 0.5}, {"ageing": 0.3}, {"floor": 0.0}]
+)
 def test_a_turned_gate_keeps_the_rate(generator, knob):
     labels = torch.arange(1000) % 4
     gate = rules.Turned(ast.ASTConfig(), 1000, rules.Knobs(**knob), labels)
