@@ -168,10 +168,14 @@ def measure(bed: Bed, chosen: Policy, seed: int, split: Split, every_epoch: bool
         spent += row["seconds"]
         if not math.isnan(row["val_accuracy"]):
             curve.append([round(spent, 3), round(row["val_accuracy"], 2)])
+    by_class = class_accuracies(trainer, split)
+    frequency = split.labels.bincount(minlength=len(by_class)) / len(split.labels)
     wrong, times = split.labels != split.truth, trainer.times_activated.float()
     return {
         "accuracy": round(result["final_accuracy"], 2),
-        "worst_class": round(worst_class(trainer, split), 2),
+        "worst_class": round(min(by_class), 2),
+        # As if judged on classes as frequent as in training: without what balance gains on a tail.
+        "natural_accuracy": round(sum(by_class[c] * float(share) for c, share in enumerate(frequency)), 2),
         "train_loss": round(result["epochs"][-1]["train_loss"], 4),
         "activation_rate": result["activation_rate"],
         "flops": flops,
@@ -187,14 +191,12 @@ def measure(bed: Bed, chosen: Policy, seed: int, split: Split, every_epoch: bool
     }
 
 
-def worst_class(trainer: ast.AdaptiveSparseTrainer, split: Split) -> float:
-    """Accuracy of the class that fares worst, percent."""
+def class_accuracies(trainer: ast.AdaptiveSparseTrainer, split: Split) -> list[float]:
+    """Accuracy of each class, percent."""
     with ast.evaluating(trainer.judged), trainer.autocast():
         answers = torch.cat([trainer.judged(images).argmax(1) for images, _ in trainer.val_source.in_order()])
-    right = answers.cpu() == split.judge_labels
-    return min(
-        100 * float(right[split.judge_labels == c].float().mean()) for c in split.judge_labels.unique()
-    )
+    right = (answers.cpu() == split.judge_labels).float()
+    return [100 * float(right[split.judge_labels == c].mean()) for c in split.judge_labels.unique()]
 
 
 def place(bed: str, name: str, seed: int, held_out: bool) -> Path:

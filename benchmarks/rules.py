@@ -178,6 +178,7 @@ class Knobs:
     ageing: float = 0.0  # ranks gained per 1/a epochs without a visit
     overdue: float = 2.0  # forced after this many 1/a epochs; 0 forces none
     by_value: bool = False  # p in proportion to the loss, not by its rank
+    pooled: float = 0.0  # share of the class's mean in each sample's significance
     balance: bool = False  # as many of every class, by significance within each
     per_class: float = 0.0  # each class activates at least this share of its fair count
     cap: float = 4.0  # largest weight before scaling
@@ -202,6 +203,8 @@ class Turned(ast.RememberedGate):
         """As RememberedGate, by the knobs."""
         knobs, m = self.knobs, len(candidates)
         u = self.memory.rank(candidates)
+        if knobs.pooled:
+            u = self.rank_pooled(candidates)
         if knobs.ageing:
             u = u + knobs.ageing * (self.clock - self.memory.visited[candidates]) * target
         forced = self.overdue(candidates, target)
@@ -215,6 +218,15 @@ class Turned(ast.RememberedGate):
         self.clock += m / len(self.memory.visited)
         weights = (p[taken].clamp(min=1e-6) / target).pow(-self.config.weight_gamma).clamp(max=knobs.cap)
         return candidates[taken], weights / weights.mean() if len(weights) else weights
+
+    def rank_pooled(self, candidates: Tensor) -> Tensor:
+        """Ranks among the candidates of a mixture of each one's significance and its class's mean."""
+        own, labels = self.memory.significance[candidates].clamp(max=1e3), self.labels[candidates]
+        sums = torch.zeros(int(labels.max()) + 1).index_add(0, labels, own)
+        mixed = own.lerp((sums / labels.bincount())[labels], self.knobs.pooled)
+        ordered = mixed.sort().values
+        below, upto = (torch.searchsorted(ordered, mixed, side=side) for side in ("left", "right"))
+        return (below + upto) / (2 * len(mixed))
 
     def overdue(self, candidates: Tensor, target: float) -> Tensor:
         if not self.knobs.overdue:

@@ -2186,7 +2186,8 @@ class ArraySource:
         self.view = view or (lambda images, generator: as_input(images))
         self.generator = torch.Generator(device)
         self.unreadable: dict[int, str] = {}
-        self.moment, self.remedy = (0, 0), "lower the batch size"
+        self.moment = (0, 0)
+        self.remedy = "the data lie on the device, so the processor is slow or busy: raise the batch size"
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -161,7 +161,15 @@ def test_balanced_choice_takes_every_class_alike_and_all_of_the_rare(generator):
 
 
 @pytest.mark.parametrize(
-    "knob", [{"by_value": True}, {"balance": True}, {"per_class": 0.5}, {"ageing": 0.3}, {"floor": 0.0}]
+    "knob",
+    [
+        {"by_value": True},
+        {"pooled": 0.9},
+        {"balance": True},
+        {"per_class": 0.5},
+        {"ageing": 0.3},
+        {"floor": 0.0},
+    ],
 )
 def test_a_turned_gate_keeps_the_rate(generator, knob):
     labels = torch.arange(1000) % 4
@@ -170,6 +178,16 @@ def test_a_turned_gate_keeps_the_rate(generator, knob):
     kept, weights = gate.select(torch.randperm(1000, generator=generator), 0.2, generator)
     assert len(kept) == pytest.approx(200, abs=2)
     assert float(weights.mean()) == pytest.approx(1)
+
+
+def test_natural_accuracy_counts_each_class_as_often_as_training_does(data):
+    bed = replace(beds.BEDS["tail"], settings={**beds.BEDS["tail"].settings, "epochs": 2})
+    split = bed.split(data, held_out=False)
+    split.images, split.labels, split.truth = split.images[:64], split.labels[:64], split.truth[:64]
+    found = compare.measure(bed, compare.policy("full", bed), 0, split, every_epoch=False)
+    assert split.labels.unique().tolist() == [0]  # the commonest class alone: it answers nothing else
+    assert found["natural_accuracy"] == 100.0
+    assert found["accuracy"] < 50
 
 
 # --- runs and their files ---
@@ -193,6 +211,7 @@ def test_every_policy_runs_and_its_books_are_complete(tiny, kind):
     assert found["program"] == tiny.program
     assert found["flops"] > 0
     assert 0 <= found["worst_class"] <= found["accuracy"] <= 100
+    assert found["worst_class"] <= found["natural_accuracy"] <= 100
     assert found["curve"][-1][1] == found["accuracy"]
     if kind in ("full", "short", "rs2"):
         assert found["cost"] == pytest.approx({"full": 1.0}.get(kind, 0.5))
