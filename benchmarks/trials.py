@@ -61,9 +61,24 @@ CHAPTERS: dict[str, list[Trial]] = {
     ],
     "What it must beat: a long tail": rivals("tail"),
     "What it must beat: few images, trained long": rivals("long"),
-    "Choosing by class alone": [
+    "Choosing by class": [
         Trial("balanced@0.2", "below the default: it knows the classes, not which images"),
+        Trial("balanced@0.2:weight_gamma=0", "as far again: γ = ½ gives half of the balance back"),
         Trial("balanced@0.4", "below AST at 0.4"),
+        Trial("balanced@0.4:weight_gamma=0", "above balance with weights, below AST at 0.4"),
+        Trial("balanced@0.1:weight_gamma=0", "above AST at 0.1"),
+        Trial("turned@0.2:balance=true", "above both: balance, and the hard ones of each class"),
+        Trial("turned@0.4:balance=true", "above both at 0.4"),
+        Trial("turned@0.2:balance=true,weight_gamma=0", "above both"),
+        Trial("turned@0.2:balance=true,weight_gamma=0,temperature=1.0", "between that and balance by chance"),
+        Trial(
+            "turned@0.2:pooled=1",
+            "ranked by the class's mean loss: finds rare and hard classes without counting",
+            ("tail", "ten"),
+        ),
+        Trial("turned@0.2:pooled=1,weight_gamma=0", "the same, more so", ("tail", "ten")),
+        Trial("turned@0.2:pooled=0.5,weight_gamma=0", "half its own loss: between"),
+        Trial("random@0.2", "below all of these", ("ten",)),
     ],
     "How sharp the gate is": [
         Trial("ast@0.2:temperature=0.05", "worse: trains the same few samples again and again"),

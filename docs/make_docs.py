@@ -344,7 +344,7 @@ def search() -> str:
     text = (ROOT / "docs" / "search.md").read_text(encoding="utf-8")
     for chapter, tried in trials.CHAPTERS.items():
         text = between(text, chapter, proof.trial_table(tried, trials.DEFAULT))
-    beds = ("tail", "long", "four-20")
+    beds = ("tail", "long", "ten", "four-20")
     sentences = [f"`{bed}`: {proof.where(bed, judged='held_out')}" for bed in beds]
     return between(text, "where", "\n\n".join(sentences))
 
