@@ -4,7 +4,8 @@
 
 Same network, data, augmentation, optimizer and learning-rate schedule, in one process, turn about: the peer
 (its threshold starts at the lowest it may have, since from its default of 3 it hardly activates anything),
-plain training, and the kit, which activates as many samples in all, its warm-up and anneal included.
+plain training, the kit, which activates as many samples in all, its warm-up and anneal included; and the
+kit as it ships, asked for the same rate, whose phases are longer.
 The peer's forward pass gets the kit's bf16 (its own mixed precision is for CUDA only), and its loader hands
 out ready batches, so that neither slows it down. Written: the saving that it prints, and seconds.
 """
@@ -142,6 +143,7 @@ def inside(data: str, seeds: list[int]) -> None:
         rate = (run["peer"]["activation_rate"] * epochs - whole) / (epochs - whole)
         phases = f"warmup_epochs={WARMUP},ramp_epochs=0,anneal_epochs={ANNEAL}"
         run["ast"] = with_kit(f"ast@{rate:.4f}:{phases}", seed)
+        run["shipped"] = with_kit(f"ast@{TARGET}", seed)
         if "full" not in run:
             run["full"] = with_kit("full", seed)
         runs.append(run)

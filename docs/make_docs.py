@@ -360,21 +360,31 @@ def peer() -> str:
     ]
     for run in found["runs"]:
         saved = f"{run['peer']['saving_it_prints_percent']:.1f} %"
-        for name, who in (("peer", found["package"]), ("ast", "the kit"), ("full", "plain training")):
+        for name, who in (
+            ("peer", found["package"]),
+            ("ast", "the kit, as many samples"),
+            ("shipped", "the kit as it ships, same target"),
+            ("full", "plain training"),
+        ):
             one = run[name]
             rows.append(
                 f"| {run['seed']} | {who} | {one['accuracy']:.2f} | {one['activation_rate']:.3f} | "
                 f"{one['train_seconds']:.0f} | {saved if name == 'peer' else '-'} |"
             )
-    ratios = [run["peer"]["train_seconds"] / run["ast"]["train_seconds"] for run in found["runs"]]
-    gains = [run["ast"]["accuracy"] - run["peer"]["accuracy"] for run in found["runs"]]
-    shown = ", ".join(f"{ratio:.2f}" for ratio in ratios), ", ".join(f"{gain:+.2f}" for gain in gains)
-    words = (
-        f"Training seconds of the package ÷ the kit's, seed by seed: {shown[0]}. Accuracy of the kit minus "
-        f"the package's, in points: {shown[1]}. {found['bed']}; {found['device']}, torch {found['torch']}, "
-        f"{found['date']}; `{found['command']}`."
+    against = [
+        beside(found["runs"], *pair) for pair in (("ast", "as many samples"), ("shipped", "one target"))
+    ]
+    where = (
+        f"{found['bed']}; {found['device']}, torch {found['torch']}, {found['date']}; `{found['command']}`."
     )
-    return "\n".join([*rows, "", words])
+    return "\n".join([*rows, "", *against, where])
+
+
+def beside(runs: list[dict], name: str, at: str) -> str:
+    """The package against one of the kit's rows, seed by seed."""
+    times = ", ".join(f"{run['peer']['train_seconds'] / run[name]['train_seconds']:.2f}" for run in runs)
+    gains = ", ".join(f"{run[name]['accuracy'] - run['peer']['accuracy']:+.2f}" for run in runs)
+    return f"With {at}, the package takes {times} times as long, and the kit is {gains} points more accurate."
 
 
 def responses() -> str:
