@@ -122,6 +122,29 @@ def table(bed: str, judged: str = "test") -> str:
     return "\n".join(rows)
 
 
+def natural(bed: str) -> str:
+    """Accuracy on balanced classes, and as if classes were as frequent as in training, as markdown."""
+    every = {name: keep_with(own, "natural_accuracy") for name, own in load(bed).items()}
+    runs = {name: own for name, own in every.items() if own}
+    if not runs:
+        return NOTHING
+    kinds = ("accuracy", "natural_accuracy")
+    rows = [
+        "| policy | seeds | FLOPs ÷ full's | classes alike | minus `random` | as frequent as in training | "
+        "minus `random` |",
+        "|" + "---|" * 7,
+    ]
+    for name, own in sorted(runs.items(), key=lambda item: -mean(item[1], "cost")):
+        cells = [f"{mean(own, k):.2f} | {gap(runs, name, rival_of(name) or '', k) or '-'}" for k in kinds]
+        rows.append(f"| {name} | {len(own)} | {mean(own, 'cost'):.3f} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def keep_with(runs: dict[int, dict], key: str) -> dict[int, dict]:
+    """The runs that know a figure."""
+    return {seed: run for seed, run in runs.items() if key in run}
+
+
 def joules(runs: dict[int, dict]) -> str:
     """Mean joules of a policy; a dash without a sensor, of which the line below a table says why."""
     return f"{mean(runs, 'joules'):.0f}" if all(run["joules"] is not None for run in runs.values()) else "-"

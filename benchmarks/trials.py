@@ -58,6 +58,10 @@ CHAPTERS: dict[str, list[Trial]] = {
             for bed, share in (("tail", 0.4375), ("long", 0.4667))
             for size, lr in ((128, 0.2), (64, 0.14), (16, 0.07))
         ],
+        *[
+            Trial(f"{policy}:lr={lr}", "within a seed's scatter")
+            for policy, lr in (("short@0.4375", 0.14), ("short@0.4375", 0.07), ("random@0.2", 0.14))
+        ],
     ],
     "What it must beat: a long tail": rivals("tail"),
     "What it must beat: few images, trained long": rivals("long"),

@@ -435,6 +435,7 @@ def all_evidence() -> str:
         text = between(text, f"table {bed}", proof.table(bed) + sources_of(bed))
     for bed in ("tail", "long", "whole"):
         text = between(text, f"times {bed}", proof.times(bed))
+    text = between(text, "natural tail", proof.natural("tail"))
     return between(between(text, "peer", peer()), "controller", responses())
 
 

@@ -337,6 +337,20 @@ def test_plain_training_that_is_dearer_and_no_better_does_not_flatter_a_policy()
     assert evidence.saving_at_equal_accuracy(runs, "ast@0.2") == without
 
 
+def test_natural_accuracy_is_told_of_the_runs_that_know_it_alone(monkeypatch):
+    runs = {"ast@0.2": of([66.0, 68.0]), "random@0.2": of([64.0, 65.0]), "full": of([73.0], 1.0)}
+    for name, value in (("ast@0.2", 80.0), ("random@0.2", 80.5)):
+        runs[name][1]["natural_accuracy"] = value
+    monkeypatch.setattr(evidence, "load", lambda bed: runs)
+    rows = evidence.natural("bed").splitlines()[2:]
+    assert sorted(rows) == [
+        "| ast@0.2 | 1 | 0.500 | 68.00 | +3.00 (1) | 80.00 | -0.50 (1) |",
+        "| random@0.2 | 1 | 0.500 | 65.00 | - | 80.50 | - |",
+    ]
+    del runs["ast@0.2"], runs["random@0.2"]
+    assert evidence.natural("bed") == evidence.NOTHING
+
+
 @pytest.mark.parametrize(
     "policy,rival",
     [
