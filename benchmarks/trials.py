@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import compare
 from beds import BEDS, ast
 
-DEFAULT = "ast@0.2"  # the rule of which each trial changes one thing
+DEFAULT = "ast@0.2"  # the rule of which each trial changes one thing, with the weights of those days
+WEIGHTED = {"ast", "shuffled", "margin", "shrink", "turned", "balanced"}  # kinds that the weights act on
 SEEDS = (100, 101, 102)
 
 
@@ -23,6 +24,21 @@ class Trial:
     policy: str
     expected: str
     beds: tuple[str, ...] = ("tail",)  # where rules differ by more than seeds do
+
+    @property
+    def run(self) -> str:
+        """The policy as compare.py names it."""
+        return as_begun(self.policy)
+
+
+def as_begun(name: str) -> str:
+    """The search began with γ = ½; it ended with γ = 0, which is now what a name means that says nothing."""
+    head, _, tail = name.partition(":")
+    changes = [item for item in tail.split(",") if item]
+    if "weight_gamma" not in tail and head.partition("@")[0] in WEIGHTED:
+        changes.append("weight_gamma=0.5")
+    changes = [item for item in changes if item != "weight_gamma=0"]
+    return ":".join(part for part in (head, ",".join(changes)) if part)
 
 
 LONG = ("tail", "long")
@@ -165,9 +181,9 @@ def main() -> None:
     given = parser.parse_args()
     ast.keep_freed_memory()
     data = ast.load_data(ast.replace(ast.Settings(), data=given.data, data_dir="data"), print)
-    tried = [(bed, t.policy) for trials in CHAPTERS.values() for t in trials for bed in t.beds]
+    tried = [(bed, t.run) for trials in CHAPTERS.values() for t in trials for bed in t.beds]
     for bed in dict.fromkeys(bed for bed, _ in tried):
-        names = list(dict.fromkeys([DEFAULT, *(policy for b, policy in tried if b == bed)]))
+        names = list(dict.fromkeys([as_begun(DEFAULT), *(policy for b, policy in tried if b == bed)]))
         seeds = [int(seed) for seed in given.seeds.split(",")]
         compare.Comparison(bed, data, held_out=True).run_all(names, seeds)
 

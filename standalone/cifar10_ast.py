@@ -136,7 +136,7 @@ class Settings:
     anneal_epochs: int | None = None  # whole epochs on everything at the end; 12.5 % if None
     significance: str = "loss"  # loss, loss+entropy, loss+intensity, gradient or margin
     temperature: float = 0.25  # T, softness of the gate's edge in ranks; 0.1 chooses hard samples strictly
-    weight_gamma: float = 0.5  # γ of the weights (p/a)^-γ; 0 weighs all alike, 1 is unbiased
+    weight_gamma: float = 0.0  # γ of the weights (p/a)^-γ; 0 weighs all alike, 1 is unbiased
     guard: bool = True  # remembered: rank as average what stays hard visit after visit
     live_rule: str = "threshold"  # threshold or topk, for --gate live
     score_scale: float = 1.0  # image side used for live scoring, fraction of the full side in (0, 1]
@@ -1264,7 +1264,7 @@ class ASTConfig:
     anneal_epochs: int | None = None
     significance: str = "loss"
     temperature: float = 0.25
-    weight_gamma: float = 0.5
+    weight_gamma: float = 0.0
     guard: bool = True
     live_rule: str = "threshold"
     score_scale: float = 1.0
@@ -1527,13 +1527,14 @@ class Controller:
 
 
 # %% Why systematic selection and weights [markdown] tags=["shared"]
-# ### Selection: an exact count, and weights that keep the gradient honest
+# ### Selection: an exact count, and weights that could undo the choice
 #
 # Tossing a coin for each sample would make the batch count jump about. *Systematic* sampling lays the
 # probabilities end to end on a line and takes the sample under every whole number: each is taken with its
 # own $p$, none twice, and the count is $\sum p$ to the sample. A sample taken with a small $p$ stands for
-# its skipped peers: its loss weighs $w = \min((p/a)^{-\gamma}, 4)$, scaled to mean 1. $\gamma = 1$ would make
-# the gradient unbiased, $\gamma = 0$ lets hard samples dominate; ½ lies between.
+# its skipped peers: its loss weighs $w = \min((p/a)^{-\gamma}, 4)$, scaled to mean 1. $\gamma = 1$ makes the
+# gradient that of full training, and takes back what choosing gained; $\gamma = 0$, the default, weighs all
+# alike. On each of the test beds it did better than ½.
 
 
 # %% Selection and weights tags=["shared"]

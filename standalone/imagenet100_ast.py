@@ -1929,7 +1929,7 @@ class ASTConfig:
     anneal_epochs: int | None = None
     significance: str = "loss"
     temperature: float = 0.25
-    weight_gamma: float = 0.5
+    weight_gamma: float = 0.0
     guard: bool = True
     live_rule: str = "threshold"
     score_scale: float = 1.0
@@ -2192,13 +2192,14 @@ class Controller:
 
 
 # %% Why systematic selection and weights [markdown] tags=["shared"]
-# ### Selection: an exact count, and weights that keep the gradient honest
+# ### Selection: an exact count, and weights that could undo the choice
 #
 # Tossing a coin for each sample would make the batch count jump about. *Systematic* sampling lays the
 # probabilities end to end on a line and takes the sample under every whole number: each is taken with its
 # own $p$, none twice, and the count is $\sum p$ to the sample. A sample taken with a small $p$ stands for
-# its skipped peers: its loss weighs $w = \min((p/a)^{-\gamma}, 4)$, scaled to mean 1. $\gamma = 1$ would make
-# the gradient unbiased, $\gamma = 0$ lets hard samples dominate; ½ lies between.
+# its skipped peers: its loss weighs $w = \min((p/a)^{-\gamma}, 4)$, scaled to mean 1. $\gamma = 1$ makes the
+# gradient that of full training, and takes back what choosing gained; $\gamma = 0$, the default, weighs all
+# alike. On each of the test beds it did better than ½.
 
 
 # %% Selection and weights tags=["shared"]

@@ -377,9 +377,12 @@ def test_the_headline_names_what_is_proven_and_what_is_not(monkeypatch):
         "random@0.1": of([95.0], 0.2),
         "infobatch": of([93.0] * 3, 0.25),
         "ast@0.1:temperature=1": of([99.0], 0.2),
+        "ast@0.1:weight_gamma=0.5": of([99.0], 0.2),
+        "ast@0.05:weight_gamma=0.5": of([90.0], 0.15),
     }
     monkeypatch.setattr(evidence, "load", lambda bed: runs)
-    first, second = evidence.headline({"bed": "words"}).splitlines()[2:]
+    first, second, older = evidence.headline({"bed": "words"}).splitlines()[2:]
+    assert older.startswith("| words | 0.05, γ = ½ | 90.00 |")
     gaps = "+0.40 ± 0.00 (3) | +0.90 ± 0.00 (3) | - | -0.10 ± 0.00 (3) (not inferior)"
     assert first == f"| words | 0.2 | 95.90 | {gaps} | 60 % |", "short@0.3 is cheaper than AST, so no rival"
     assert "not inferior" not in second
