@@ -152,7 +152,7 @@ def test_the_turned_gates_memory_is_the_kits_own(generator):
 
 def test_balanced_choice_takes_every_class_alike_and_all_of_the_rare(generator):
     labels = torch.repeat_interleave(torch.arange(3), torch.tensor([700, 280, 20]))
-    kept, weights = rules.Balanced(ast.ASTConfig(), labels).select(
+    kept, weights = rules.Balanced(ast.ASTConfig(weight_gamma=0.5), labels).select(
         torch.randperm(1000, generator=generator), 0.2, generator
     )
     counts = labels[kept].bincount()

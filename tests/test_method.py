@@ -90,7 +90,7 @@ def test_the_solved_threshold_meets_the_count(cifar, ranks, target, temperature)
 @given(ranks=RANKS, target=TARGETS, theta=st.floats(-0.5, 1.5))
 def test_probability_rises_with_rank_and_never_falls_below_the_floor(cifar, ranks, target, theta):
     p = cifar.activation_probability(torch.tensor(sorted(ranks)), theta, target, 0.3)
-    assert (p.diff() >= 0).all()
+    assert (p.diff() >= -1e-6).all()  # a vector's tail is computed apart: the last bit may differ
     assert (p >= 0.25 * target - 1e-6).all()
     assert (p <= 1).all()
 
