@@ -154,15 +154,15 @@ def joules(runs: dict[int, dict]) -> str:
 def headline(beds: dict[str, str]) -> str:
     """AST against its rivals at each rate, a row a bed and rate; `beds` names each bed in words."""
     rows = [
-        "| trained on | a | AST, % | minus `random` | minus `short` | minus `infobatch`, up to ⅓ dearer | "
-        "minus `full` | training time saved |",
-        "|---|---|---|---|---|---|---|---|",
+        "| trained on | a | AST, % | minus `random` | minus `balanced` | minus `short` | "
+        "minus `infobatch`, up to ⅓ dearer | minus `full` | training time saved |",
+        "|" + "---|" * 9,
     ]
     for bed, words in beds.items():
         runs = load(bed)
         for rate, name in default_rows(runs) if "full" in runs else ():
             full, infobatch = gap(runs, name, "full"), a_little_dearer(runs, name, "infobatch")
-            rivals = [f"random@{rate}", plain_at_its_cost(runs, name), infobatch]
+            rivals = [f"random@{rate}", f"balanced@{rate}", plain_at_its_cost(runs, name), infobatch]
             shown = [str((rival and gap(runs, name, rival)) or "-") for rival in rivals]
             rows.append(
                 f"| {words} | {rate}{OLDER * (':' in name)} | {mean(runs[name], 'accuracy'):.2f} | "
