@@ -369,6 +369,7 @@ def accuracy(data_path: str, seeds: str) -> dict:
     ours, random = summary["policies"]["ast"], summary["policies"]["random"]
     return {
         "settings": BUDGET | {"batch_size": 64},
+        "weight_gamma": settings.weight_gamma,
         "accuracy_per_seed": {"ast": ours["accuracy_per_seed"], "random": random["accuracy_per_seed"]},
         "mean_accuracy": {"ast": ours["final_accuracy"], "random": random["final_accuracy"]},
         "mean_activation": {"ast": ours["activation_rate"], "random": random["activation_rate"]},

@@ -286,6 +286,7 @@ def budget(data: str, seeds: str, epochs: int, train_size: int) -> dict:
     per_seed = {name: list(policy["accuracy_per_seed"].values()) for name, policy in policies.items()}
     return {
         "settings": "resnet18 from scratch, 64 px, a = 0.4",
+        "weight_gamma": settings.weight_gamma,
         "epochs": epochs,
         "dataset": summary["dataset"],
         "training_images": summary["n_train"],

@@ -110,6 +110,12 @@ def result(name: str) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
+def weighed(found: dict) -> str:
+    """Of a result made with weights that are not the default's: γ."""
+    gamma = found["weight_gamma"]
+    return "" if gamma == program.Settings().weight_gamma else f", with γ = {gamma}"
+
+
 def seeds(found: dict, policy: str) -> str:
     return ", ".join(f"{value:.2f}" for value in found["accuracy_per_seed"][policy].values())
 
@@ -175,7 +181,7 @@ ROWS: dict[str, list[tuple[str, Callable[[dict], str], str]]] = {
         (
             "CIFAR-10, simple_cnn, 40 epochs at a mean activation of "
             "0.104: AST, mean of 3 seeds (the original report: 61.2 %)",
-            lambda r: f"{r['mean_accuracy']['ast']:.2f} % ({seeds(r, 'ast')})",
+            lambda r: f"{r['mean_accuracy']['ast']:.2f} % ({seeds(r, 'ast')}){weighed(r)}",
             "≥ 77.5 %",
         ),
         (
@@ -249,7 +255,7 @@ ROWS |= {
             lambda r: (
                 ", ".join(f"{r['mean_accuracy'][p]:.2f} %" for p in ("ast", "short", "random"))
                 + f" ({r['training_images']:,} images, {r['epochs']} epochs, "
-                + f"{len(r['accuracy_per_seed']['ast'])} seeds)"
+                + f"{len(r['accuracy_per_seed']['ast'])} seeds){weighed(r)}"
             ),
             "AST ahead of both",
         ),
@@ -281,8 +287,8 @@ def evidence() -> str:
     rate, count = found["mean_activation"]["ast"], len(found["accuracy_per_seed"]["ast"])
     return (
         f"Measured on CIFAR-10 (as JPEGs), `simple_cnn`, 40 epochs on {rate:.1%} of the samples, mean of "
-        f"{count} seeds: AST {ours:.2f} %, random selection of as many {random:.2f} %. {found['machine']}, "
-        f"{found['date']}."
+        f"{count} seeds: AST {ours:.2f} %{weighed(found)}, random selection of as many {random:.2f} %. "
+        f"{found['machine']}, {found['date']}."
     )
 
 
@@ -294,8 +300,8 @@ def evidence_on_images() -> str:
         sentences.append(
             f"Measured on {found['training_images']:,} images of 100 classes of ImageNet at 64 pixels, "
             f"`resnet18` from scratch, {found['epochs']} epochs, {len(found['accuracy_per_seed']['ast'])} "
-            f"seeds: AST {mean['ast']:.2f} % after {found['seconds']['ast']:.0f} s of training. That is "
-            f"{interval(gap['short'])} points against plain training cut to that cost, and "
+            f"seeds: AST {mean['ast']:.2f} %{weighed(found)}, after {found['seconds']['ast']:.0f} s of training. "
+            f"That is {interval(gap['short'])} points against plain training cut to that cost, and "
             f"{interval(gap['random'])} against random selection (95 % intervals)."
         )
         if all(abs(one["mean"]) <= (one["half_width"] or math.inf) for one in gap.values()):
@@ -309,7 +315,7 @@ def evidence_on_images() -> str:
         taken = found
     if not sentences:
         return "Nothing measured yet."
-    return " ".join([*sentences, f"{taken['machine']}, {taken['date']}. Not run on a GPU yet."])
+    return " ".join([*sentences, f"{taken['machine']}, {taken['date']}. Not measured on a GPU yet."])
 
 
 def between(text: str, name: str, content: str, prefix: str = "") -> str:
