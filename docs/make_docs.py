@@ -300,8 +300,8 @@ def evidence_on_images() -> str:
         sentences.append(
             f"Measured on {found['training_images']:,} images of 100 classes of ImageNet at 64 pixels, "
             f"`resnet18` from scratch, {found['epochs']} epochs, {len(found['accuracy_per_seed']['ast'])} "
-            f"seeds: AST {mean['ast']:.2f} %{weighed(found)}, after {found['seconds']['ast']:.0f} s of training. "
-            f"That is {interval(gap['short'])} points against plain training cut to that cost, and "
+            f"seeds: AST {mean['ast']:.2f} %{weighed(found)}, after {found['seconds']['ast']:.0f} s of "
+            f"training. That is {interval(gap['short'])} points against plain training cut to that cost, and "
             f"{interval(gap['random'])} against random selection (95 % intervals)."
         )
         if all(abs(one["mean"]) <= (one["half_width"] or math.inf) for one in gap.values()):
