@@ -384,7 +384,9 @@ def test_the_headline_names_what_is_proven_and_what_is_not(monkeypatch):
     first, second, older = evidence.headline({"bed": "words"}).splitlines()[2:]
     assert older.startswith("| words | 0.05, γ = ½ | 90.00 |")
     gaps = "+0.40 ± 0.00 (3) | - | +0.90 ± 0.00 (3) | - | -0.10 ± 0.00 (3) (not inferior)"
-    assert first == f"| words | 0.2 | 95.90 | {gaps} | 60 % |", "short@0.3 is cheaper than AST, so no rival"
+    assert first == f"| words | 0.2 | 95.90 | {gaps} | 60 %; 60 % |", (
+        "short@0.3 is cheaper than AST, so no rival"
+    )
     assert "not inferior" not in second
     assert "| -1.00 (1) |" in second
     assert "| +2.00 ± 2.48 (3) |" in second, "InfoBatch is a rival where it costs as much, or a little more"
