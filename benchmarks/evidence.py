@@ -118,10 +118,16 @@ def table(bed: str, judged: str = "test") -> str:
         rows.append(
             f"| {name} | {len(own)} | {statistics.mean(accuracies):.2f}{width} | "
             f"{mean(own, 'worst_class'):.1f} | {against or '-'} | {full or '-'}{verdict(full)} | "
-            f"{mean(own, 'activation_rate'):.3f} | {mean(own, 'cost'):.3f} | "
+            f"{mean(own, 'activation_rate'):.3f}{wrong(own)} | {mean(own, 'cost'):.3f} | "
             f"{mean(own, 'train_seconds'):.0f} | {mean(own, 'total_seconds'):.0f} | {joules(own)} |"
         )
     return "\n".join(rows)
+
+
+def wrong(runs: dict[int, dict]) -> str:
+    """Share of wrong labels among what the gate activated; nothing where none are, or none was chosen."""
+    shares = [share for run in runs.values() if (share := run.get("wrong_share")) is not None]
+    return f", {statistics.mean(shares):.0%} of the chosen wrong" if shares else ""
 
 
 def natural(bed: str) -> str:

@@ -400,6 +400,9 @@ def test_tables_are_made_of_every_policy(monkeypatch):
     assert {line.count("|") for line in lines} == {head.count("|")}
     assert lines[0].endswith("| 100 |") and lines[1].endswith("| - |"), "joules only where they were measured"
     assert "-1.00 ± 0.00 (2)" in lines[1]
+    assert "| 0.500 |" in lines[1], "no word of wrong labels where there are none"
+    runs["ast@0.2"][0]["wrong_share"], runs["ast@0.2"][1]["wrong_share"] = 0.2, 0.3
+    assert "| 0.500, 25% of the chosen wrong |" in evidence.table("bed")
     assert "| full | 5 s | 10 s | 10 s | 10 s |" in evidence.times("bed")
 
 
