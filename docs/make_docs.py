@@ -390,7 +390,7 @@ def beside(runs: list[dict], name: str, at: str) -> str:
     """The package against one of the kit's rows, seed by seed."""
     times = ", ".join(f"{run['peer']['train_seconds'] / run[name]['train_seconds']:.2f}" for run in runs)
     gains = ", ".join(f"{run[name]['accuracy'] - run['peer']['accuracy']:+.2f}" for run in runs)
-    return f"With {at}: the package's seconds ÷ the kit's {times}; the kit's accuracy minus that of the package {gains}."
+    return f"With {at}: seconds of the package ÷ the kit's {times}; accuracy of the kit minus its {gains}."
 
 
 def responses() -> str:
