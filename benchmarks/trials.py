@@ -111,7 +111,11 @@ CHAPTERS: dict[str, list[Trial]] = {
         Trial("turned@0.2:by_value=true", "p in proportion to the loss: sharp only once most losses are 0"),
     ],
     "Weights": [
-        Trial("ast@0.2:weight_gamma=0", "hard samples dominate: better late, worse calibrated", LONG),
+        Trial(
+            "ast@0.2:weight_gamma=0",
+            "hard samples dominate: better late, worse calibrated",
+            (*LONG, "ten", "four-20"),
+        ),
         Trial("ast@0.2:weight_gamma=1", "unbiased, so close to random with less noise", LONG),
         Trial("turned@0.2:by_value=true,weight_gamma=0", "the same, by value"),
         Trial(
