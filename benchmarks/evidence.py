@@ -322,7 +322,8 @@ def main() -> None:
         every = load(bed)
         ours = {name for _, name in default_rows(every)}
         runs = {name: own for name, own in every.items() if ":" not in name or name in ours}
-        for draw in (frontier, savings) if len(plain(runs)) > 1 else (frontier,):
+        comparable = any(saving_at_equal_accuracy(runs, name) for name in runs if not is_plain(name))
+        for draw in (frontier, savings) if comparable else (frontier,):
             figure = Figure(figsize=(8, 5), layout="constrained")
             draw(figure.subplots(), runs)
             figure.savefig(ROOT / "docs" / f"{draw.__name__}_{bed}.png", dpi=90)
