@@ -142,10 +142,7 @@ class Balanced(ast.RandomGate):
 
     def select(self, candidates: Tensor, target: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Activates target·m of the m candidates; classes with too few give all they have."""
-        inverse = 1 / self.labels.bincount()[self.labels[candidates]]
-        p, _ = probability_of(
-            target * len(candidates), lambda level: (inverse * math.exp(-level)).clamp(max=1)
-        )
+        p = even_shares(self.labels, candidates, target)
         taken, self.phase = ast.systematic(p, self.phase)
         return candidates[taken], ast.importance_weights(p[taken], self.config.weight_gamma, target)
 
@@ -153,9 +150,8 @@ class Balanced(ast.RandomGate):
 def even_shares(labels: Tensor, candidates: Tensor, target: float) -> Tensor:
     """The rate of each candidate's class, [m], that activates as many of every class and target·m in all."""
     inverse = 1 / labels.bincount()[labels[candidates]]
-    return probability_of(target * len(candidates), lambda level: (inverse * math.exp(-level)).clamp(max=1))[
-        0
-    ]
+    count = target * len(candidates)
+    return probability_of(count, lambda level: (inverse * math.exp(-level)).clamp(max=1))[0]
 
 
 def probability_of(count: float, p_at: Callable[[float], Tensor]) -> tuple[Tensor, float]:
@@ -183,9 +179,7 @@ class Knobs:
     per_class: float = 0.0  # each class activates at least this share of its fair count
     cap: float = 4.0  # largest weight before scaling
     temperature_of_rate: float = 0.0  # T = min(temperature, this · a); 0: T alone
-    guard_quantile: float = (
-        ast.Memory.TOP
-    )  # a loss that ranks above this, visit after visit, ranks as average
+    guard_quantile: float = ast.Memory.TOP  # a loss above this quantile, visit after visit, ranks as average
     guard_visits: int = ast.Memory.VISITS  # that many visits
     guard_fall: float = ast.Memory.FALL  # a loss below this share of the one before counts as falling
 
