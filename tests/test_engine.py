@@ -377,17 +377,13 @@ def test_the_nvml_counter_is_read_in_millijoules_since_the_start(cifar, monkeypa
     assert meter.joules() == pytest.approx(12.345)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_without_a_counter_power_is_polled_at_ten_hertz_or_more(cifar, monkeypatch):
     now, power = [50.0], [100_000]
     asleep, wake = queue.Queue(), queue.Queue()
 
     def sleep(seconds):
         asleep.put(seconds)
-        step = wake.get()
-        if step is None:
-            raise SystemExit
-        now[0] += step
+        now[0] += wake.get()
 
     fake_pynvml(
         monkeypatch,
@@ -406,8 +402,9 @@ def test_without_a_counter_power_is_polled_at_ten_hertz_or_more(cifar, monkeypat
         wake.put(0.5)
         asleep.get(timeout=60)
         assert meter.joules() == pytest.approx(2.0 * 150 + 0.5 * 200)
-    finally:
-        wake.put(None)
+    finally:  # the thread ends with the method that it polls for
+        meter.method = "unavailable"
+        wake.put(0.0)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
