@@ -407,7 +407,6 @@ def test_without_a_counter_power_is_polled_at_ten_hertz_or_more(cifar, monkeypat
         wake.put(0.0)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_polling_that_fails_becomes_unavailable_instead_of_standing_still(cifar, monkeypatch):
     asleep, wake = queue.Queue(), queue.Queue()
     answers = [lambda: 100_000]
