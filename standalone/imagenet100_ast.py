@@ -159,7 +159,7 @@ class Settings:
     anneal_epochs: int | None = None  # whole epochs on everything at the end; 12.5 % if None
     significance: str = "loss"  # loss, loss+entropy, loss+intensity, gradient or margin
     temperature: float = 0.25  # T, softness of the gate's edge in ranks; 0.1 chooses hard samples strictly
-    weight_gamma: float = 0.5  # γ of the weights (p/a)^-γ; 0 weighs all alike, 1 is unbiased
+    weight_gamma: float = 0.0  # γ of the weights (p/a)^-γ; 0 weighs all alike, 1 is unbiased
     guard: bool = True  # remembered: rank as average what stays hard visit after visit
     live_rule: str = "threshold"  # threshold or topk, for --gate live
     score_scale: float = 1.0  # image side used for live scoring, fraction of the full side in (0, 1]

@@ -1,5 +1,6 @@
 """The method: significance, memory, gate, controller, selection, weights, schedule."""
 
+import dataclasses
 import itertools
 import math
 
@@ -430,3 +431,21 @@ def test_every_field_of_the_method_is_a_setting_with_the_same_default(cifar):
         assert hasattr(settings, field.name)
         assert getattr(settings, field.name) == getattr(cifar.ASTConfig(), field.name)
     assert cifar.ASTConfig.from_settings(settings) == cifar.ASTConfig()
+
+
+# --- defaults ---
+
+RECIPE = {"clip_norm"}  # belongs to the training, which differs between the programs
+
+
+@pytest.mark.parametrize("name", ["cifar", "imagenet"])
+def test_a_program_and_the_method_alone_have_the_same_defaults(name, request):
+    program = request.getfixturevalue(name)
+    method, shown = program.ASTConfig(), program.Settings()
+    names = {field.name for field in dataclasses.fields(method)} - RECIPE
+    differing = {
+        key: (getattr(shown, key), getattr(method, key))
+        for key in sorted(names)
+        if hasattr(shown, key) and getattr(shown, key) != getattr(method, key)
+    }
+    assert not differing
