@@ -84,6 +84,17 @@ BEDS: dict[str, Bed] = {
     "four": Bed(
         "four well-separated classes of CIFAR-10, 16 epochs", classes=APART, settings={"epochs": 16, **RECIPE}
     ),
+    "two": Bed(
+        "two classes of CIFAR-10, automobile and frog, 16 epochs",
+        classes=APART[:2],
+        settings={"epochs": 16, **RECIPE},
+    ),
+    "two-long": Bed(
+        "5,000 images of two classes of CIFAR-10, automobile and frog, 60 epochs",
+        classes=APART[:2],
+        size=5000,
+        settings={"epochs": 60, **RECIPE},
+    ),
     "quick": Bed(
         "4,000 images of four well-separated classes of CIFAR-10, 16 epochs",
         classes=APART,

@@ -87,11 +87,20 @@ KINDS: dict[str, Policy] = {
 }
 
 
+# Almost every epoch is gated, as in the ImageNet-100 program's profile `efficiency`.
+LEAN = {"warmup_epochs": 1, "ramp_epochs": 0, "anneal_epochs": 1}
+
+
 def policy(name: str, bed: Bed) -> Policy:
-    """The policy that `kind@share:setting=value,…` names. Raises SystemExit for an unknown one."""
+    """The policy that `kind@share:setting=value,…` names; a setting `lean` stands for the phases of LEAN.
+
+    Raises SystemExit for an unknown one.
+    """
     head, _, tail = name.partition(":")
     kind, _, share = head.partition("@")
     changes = {k: value(v) for k, _, v in (item.partition("=") for item in tail.split(",") if tail)}
+    if changes.pop("lean", None) is not None:
+        changes |= LEAN
     knobs = {k: changes.pop(k) for k in list(changes) if k in {f.name for f in fields(rules.Knobs)}}
     if kind == "turned":
         made = Policy(
@@ -319,32 +328,39 @@ RULES = [
 NOISY = ["infobatch", "ast@0.2:guard=false"]
 FULL = {
     "tail": (RATES, [*RULES, "ast@0.6"]),  # 0.6 is at InfoBatch's cost
+    "two-long": ((0.2,), []),
     "long": ((0.4, 0.3, 0.2, 0.1), ["infobatch", "shuffled@0.2"]),  # 0.3 saves just over 45 %
-    "ten": ((0.2,), ["infobatch", "ast@0.2:weight_gamma=0.5"]),
+    "ten": ((0.2, "0.2:lean", "0.1:lean"), ["infobatch", "ast@0.2:weight_gamma=0.5"]),
     "tuned": ((0.2,), ["infobatch"]),
     **dict.fromkeys(("four-10", "four-20", "four-40", "shapes", "shapes-20"), ((0.2,), NOISY)),
     "whole": ((0.4, 0.2), ["infobatch", "shuffled@0.2"]),  # where there is a GPU
 }
 QUICK = {"quick": ((0.2,), RULES)}
-RIVALS = {f"ast@{rate}": f"random@{rate}" for rate in RATES}
+RIVALS = {f"ast@{rate}": f"random@{rate}" for rate in (*RATES, "0.2:lean", "0.1:lean")}
 
 
-def paid(bed: Bed, rate: float) -> float:
-    """Share of all candidates that AST activates on a bed, its warm-up, ramp and anneal included."""
-    epochs = bed.settings["epochs"]
-    schedule = ast.Schedule.of(ast.ASTConfig(), epochs)
-    return sum(schedule.rate(epoch, rate) for epoch in range(epochs)) / epochs
+def paid(bed: Bed, rate: float | str) -> float:
+    """Share of all candidates that `ast@rate` activates on a bed, its warm-up, ramp and anneal included."""
+    epochs, given = bed.settings["epochs"], policy(f"ast@{rate}", bed).settings
+    config = ast.ASTConfig(**{name: value for name, value in given.items() if name in LEAN})
+    schedule = ast.Schedule.of(config, epochs)
+    return sum(schedule.rate(epoch, given["target_activation"]) for epoch in range(epochs)) / epochs
 
 
-def policies(bed: Bed, rates: Iterable[float], rules: list[str]) -> list[str]:
+def policies(bed: Bed, rates: Iterable[float | str], rules: list[str]) -> list[str]:
     """Names of what is compared: AST at each rate, with random selection, RS2 and plain training at its cost
     (plain training in whole epochs, rounded up), then the other rules."""
     names = ["full"]
     for rate in rates:
-        share, epochs = paid(bed, rate), bed.settings["epochs"]
-        short = math.ceil(share * epochs - 1e-9) / epochs
-        names += [f"ast@{rate}", f"random@{rate}", f"short@{short:.4f}", f"rs2@{share:.4f}"]
+        share = paid(bed, rate)
+        names += [f"ast@{rate}", f"random@{rate}", short_at(bed, share), f"rs2@{share:.4f}"]
     return names + rules
+
+
+def short_at(bed: Bed, share: float) -> str:
+    """Plain training of that share of a bed's epochs, rounded up to whole ones."""
+    epochs = bed.settings["epochs"]
+    return f"short@{math.ceil(share * epochs - 1e-9) / epochs:.4f}"
 
 
 def main() -> None:

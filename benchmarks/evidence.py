@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "benchmarks" / "results" / "compare"
 MARGIN = 0.3  # points below full's accuracy that still count as not inferior; fixed before any run
 NOTHING = "Not measured yet."
-PICTURED = ("tail", "ten", "long", "whole")
+PICTURED = ("tail", "ten", "two-long", "long", "whole")
+ALIKE = ("lean", "warmup_epochs", "ramp_epochs", "anneal_epochs", "batch_size", "lr")  # act on chance too
 OLDER = ", γ = ½"  # said of a row made with weights that are no longer the default
 SHARES = (0.90, 0.95, 0.99, 1.00)  # of full's accuracy, for the time to reach it
 
@@ -71,12 +72,13 @@ def mean(runs: dict[int, dict], key: str) -> float:
 
 
 def rival_of(policy: str) -> str | None:
-    """Random selection with the same phases at the same rate; None where there is no such run."""
+    """Random selection at the same rate, with the same phases and recipe; None where none is meant."""
     head, _, tail = policy.partition(":")
     kind, _, share = head.partition("@")
-    if not share or kind in ("short", "rs2", "random") or "_epochs=" in tail or "batch_size=" in tail:
+    if not share or kind in ("short", "rs2", "random"):
         return None
-    return f"random@{share}"
+    shared = [item for item in tail.split(",") if item.partition("=")[0] in ALIKE]
+    return ":".join(["random@" + share, *([",".join(shared)] if shared else [])])
 
 
 def plain_at_its_cost(runs: dict, policy: str) -> str | None:
@@ -169,10 +171,11 @@ def headline(beds: dict[str, str]) -> str:
         runs = load(bed)
         for rate, name in default_rows(runs) if "full" in runs else ():
             full, infobatch = gap(runs, name, "full"), a_little_dearer(runs, name, "infobatch")
-            rivals = [f"random@{rate}", f"balanced@{rate}", plain_at_its_cost(runs, name), infobatch]
+            rivals = [rival_of(name), f"balanced@{rate}", plain_at_its_cost(runs, name), infobatch]
             shown = [str((rival and gap(runs, name, rival)) or "-") for rival in rivals]
             rows.append(
-                f"| {words} | {rate}{OLDER * (':' in name)} | {mean(runs[name], 'accuracy'):.2f} | "
+                f"| {words} | {rate.replace(':lean', ', lean')}{OLDER * ('weight' in name)} | "
+                f"{mean(runs[name], 'accuracy'):.2f} | "
                 f"{' | '.join(shown)} | {full or '-'}{verdict(full)} | "
                 f"{time_saved(runs, name):.0f} %; {100 * (1 - mean(runs[name], 'cost')):.0f} % |"
             )
@@ -180,13 +183,13 @@ def headline(beds: dict[str, str]) -> str:
 
 
 def default_rows(runs: dict) -> list[tuple[str, str]]:
-    """Activation rates, highest first, and the policy that is AST there: as it ships, or with γ = ½, the
-    default when the GPU was at hand."""
+    """Activation rates, highest first, then those with lean phases, and the policy that is AST there: as it
+    ships, or with γ = ½, the default when the GPU was at hand."""
     found = {}
     for name in sorted(runs, key=len, reverse=True):
-        if match := re.fullmatch(r"ast@([\d.]+)(:weight_gamma=0\.5)?", name):
+        if match := re.fullmatch(r"ast@([\d.]+(?::lean)?)(:weight_gamma=0\.5)?", name):
             found[match[1]] = name
-    return sorted(found.items(), key=lambda item: -float(item[0]))
+    return sorted(found.items(), key=lambda item: ("lean" in item[0], -float(item[0].partition(":")[0])))
 
 
 def a_little_dearer(runs: dict, policy: str, rival: str) -> str | None:
@@ -316,12 +319,31 @@ def trial_table(trials: list, default: str) -> str:
     return "\n".join(rows) if len(rows) > 2 else NOTHING
 
 
+def rival_table(tried: dict[str, list[str]]) -> str:
+    """Policies on held-out training images beside chance and plain training at their cost, bed by bed."""
+    rows = [
+        "| policy | on | accuracy, % | minus `random` | minus `short` | minus `full` | FLOPs ÷ full's |",
+        "|" + "---|" * 7,
+    ]
+    for bed, names in tried.items():
+        runs = load(bed, "held_out")
+        for name in (name for name in names if name in runs):
+            plain_one = None if is_plain(name) else plain_at_its_cost(runs, name)
+            rivals = [rival_of(name), plain_one, "full"]
+            gaps = " | ".join(str((rival and gap(runs, name, rival)) or "-") for rival in rivals)
+            accuracy, cost = mean(runs[name], "accuracy"), mean(runs[name], "cost")
+            rows.append(f"| `{name}` | {bed} | {accuracy:.2f} | {gaps} | {cost:.3f} |")
+    return "\n".join(rows) if len(rows) > 2 else NOTHING
+
+
 def main() -> None:
     """Draws both figures of the beds in PICTURED, without policies whose settings are not the default's."""
-    for bed in PICTURED:
-        every = load(bed)
+    for bed, every in ((bed, load(bed)) for bed in PICTURED):
+        if not every:
+            continue
         ours = {name for _, name in default_rows(every)}
-        runs = {name: own for name, own in every.items() if ":" not in name or name in ours}
+        shown = {*ours, *(rival_of(name) for name in ours)}
+        runs = {name: own for name, own in every.items() if ":" not in name or name in shown}
         comparable = any(saving_at_equal_accuracy(runs, name) for name in runs if not is_plain(name))
         for draw in (frontier, savings) if comparable else (frontier,):
             figure = Figure(figsize=(8, 5), layout="constrained")

@@ -350,7 +350,8 @@ def search() -> str:
     text = (ROOT / "docs" / "search.md").read_text(encoding="utf-8")
     for chapter, tried in trials.CHAPTERS.items():
         text = between(text, chapter, proof.trial_table(tried, trials.as_begun(trials.DEFAULT)))
-    beds = ("tail", "long", "ten", "four-20")
+    text = between(text, "sparer", proof.rival_table(trials.SPARER))
+    beds = ("tail", "long", "ten", "four-20", "two", "two-long")
     sentences = [f"`{bed}`: {proof.where(bed, judged='held_out')}" for bed in beds]
     return between(text, "where", "\n\n".join(sentences))
 
@@ -421,6 +422,7 @@ def headline() -> str:
     """AST beside its rivals on the beds that have been judged on test images."""
     beds = {
         "tail": "ten classes, 20 images of the commonest for one of the rarest, 16 epochs",
+        "two-long": "5,000 images of two classes, 60 epochs",
         "long": "5,000 images of four classes, 60 epochs",
         "ten": "10,000 images of ten classes, 30 epochs",
         "tuned": "20,000 images of four classes, 16 epochs from weights of six others",
@@ -440,7 +442,7 @@ def all_evidence() -> str:
     text = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
     for bed in (*trials.compare.FULL, *trials.compare.QUICK):
         text = between(text, f"table {bed}", proof.table(bed) + sources_of(bed))
-    for bed in ("tail", "ten", "long", "whole"):
+    for bed in proof.PICTURED:
         text = between(text, f"times {bed}", proof.times(bed))
     text = between(text, "natural tail", proof.natural("tail"))
     return between(between(text, "peer", peer()), "controller", responses())

@@ -283,6 +283,15 @@ def test_rivals_get_what_ast_costs():
         assert compare.policy(names[3], bed).settings["epochs"] == round(short * bed.settings["epochs"])
 
 
+def test_lean_phases_are_one_epoch_before_and_one_after():
+    bed = beds.BEDS["long"]
+    assert compare.policy("random@0.2:lean", bed).settings == {"gate": "random", "target_activation": 0.2} | (
+        compare.LEAN
+    )
+    assert compare.paid(bed, "0.2:lean") == pytest.approx((2 + 58 * 0.2) / 60)
+    assert compare.policies(bed, ["0.2:lean"], [])[1:4] == ["ast@0.2:lean", "random@0.2:lean", "short@0.2333"]
+
+
 @pytest.mark.parametrize("name", ["nothing@0.2", "ast@0.2:floor=0", "ast@0.2:temprature=1"])
 def test_an_unknown_policy_is_refused_in_a_sentence(name):
     with pytest.raises(SystemExit, match="expected"):
@@ -356,7 +365,8 @@ def test_natural_accuracy_is_told_of_the_runs_that_know_it_alone(monkeypatch):
     [
         ("ast@0.2", "random@0.2"),
         ("ast@0.1:weight_gamma=0", "random@0.1"),
-        ("ast@0.2:anneal_epochs=0", None),
+        ("ast@0.2:anneal_epochs=0", "random@0.2:anneal_epochs=0"),
+        ("ast@0.1:lean,temperature=0.1", "random@0.1:lean"),
         ("infobatch", None),
         ("short@0.4375", None),
         ("full", None),
@@ -375,13 +385,16 @@ def test_the_headline_names_what_is_proven_and_what_is_not(monkeypatch):
         "ast@0.2": of([95.9, 96.0, 95.8], 0.4),
         "ast@0.1": of([94.0, 96.0, 95.0], 0.2),
         "random@0.1": of([95.0], 0.2),
+        "ast@0.3:lean": of([91.0], 0.35),
+        "random@0.3:lean": of([90.0], 0.35),
         "infobatch": of([93.0] * 3, 0.25),
         "ast@0.1:temperature=1": of([99.0], 0.2),
         "ast@0.1:weight_gamma=0.5": of([99.0], 0.2),
         "ast@0.05:weight_gamma=0.5": of([90.0], 0.15),
     }
     monkeypatch.setattr(evidence, "load", lambda bed: runs)
-    first, second, older = evidence.headline({"bed": "words"}).splitlines()[2:]
+    first, second, older, lean = evidence.headline({"bed": "words"}).splitlines()[2:]
+    assert lean.startswith("| words | 0.3, lean | 91.00 | +1.00 (1) |")
     assert older.startswith("| words | 0.05, γ = ½ | 90.00 |")
     gaps = "+0.40 ± 0.00 (3) | - | +0.90 ± 0.00 (3) | - | -0.10 ± 0.00 (3) (not inferior)"
     assert first == f"| words | 0.2 | 95.90 | {gaps} | 60 %; 60 % |", (
