@@ -23,8 +23,9 @@ RUNS = ROOT / "benchmarks" / "results" / "compare"
 MARGIN = 0.3  # points below full's accuracy that still count as not inferior; fixed before any run
 NOTHING = "Not measured yet."
 PICTURED = ("tail", "ten", "two-long", "long", "whole")
-ALIKE = ("lean", "warmup_epochs", "ramp_epochs", "anneal_epochs", "batch_size", "lr")  # act on chance too
 OLDER = ", γ = ½"  # said of a row made with weights that are no longer the default
+PHASES = "lean warmup_epochs ramp_epochs anneal_epochs".split()
+RECIPE = "epochs batch_size lr weight_decay label_smoothing clip_norm ema".split()  # both act on chance too
 SHARES = (0.90, 0.95, 0.99, 1.00)  # of full's accuracy, for the time to reach it
 
 
@@ -35,10 +36,10 @@ def half_width(values: list[float]) -> float:
     return float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def load(bed: str, judged: str = "test") -> dict[str, dict[int, dict]]:
+def load(bed: str, judged: str = "test", results: Path = RUNS) -> dict[str, dict[int, dict]]:
     """Finished runs of a bed, by policy and seed; `judged` is test or held_out."""
     runs: dict[str, dict[int, dict]] = defaultdict(dict)
-    for file in sorted((RUNS / judged / bed).glob("*.json")):
+    for file in sorted((results / judged / bed).glob("*.json")):
         run = json.loads(file.read_text(encoding="utf-8"))
         runs[run["policy"]][run["seed"]] = run
     return dict(runs)
@@ -77,15 +78,17 @@ def rival_of(policy: str) -> str | None:
     kind, _, share = head.partition("@")
     if not share or kind in ("short", "rs2", "random"):
         return None
-    shared = [item for item in tail.split(",") if item.partition("=")[0] in ALIKE]
+    shared = [item for item in tail.split(",") if item.partition("=")[0] in (*PHASES, *RECIPE)]
     return ":".join(["random@" + share, *([",".join(shared)] if shared else [])])
 
 
 def plain_at_its_cost(runs: dict, policy: str) -> str | None:
-    """The shortest plain training that costs no less than `policy`; None without such."""
-    enough = [(mean(own, "cost"), name) for name, own in runs.items() if name.startswith("short")]
-    enough = [pair for pair in enough if pair[0] >= mean(runs[policy], "cost") - 1e-6]
-    return min(enough)[1] if enough else None
+    """The shortest plain training that costs as much as `policy`, or up to an eighth more; None without
+    such. Whole epochs seldom meet a cost exactly."""
+    cost = mean(runs[policy], "cost")
+    near = [(mean(own, "cost"), name) for name, own in runs.items() if name.startswith("short")]
+    near = [pair for pair in near if cost - 1e-6 <= pair[0] <= 9 / 8 * cost and ":" not in pair[1]]
+    return min(near)[1] if near else None
 
 
 def seconds_to(runs: dict, policy: str, share: float) -> float | None:
@@ -102,9 +105,9 @@ def seconds_to(runs: dict, policy: str, share: float) -> float | None:
     return statistics.mean(times) if times else None
 
 
-def table(bed: str, judged: str = "test") -> str:
+def table(bed: str, judged: str = "test", results: Path = RUNS) -> str:
     """Accuracy and cost of every policy, dearest first, as markdown."""
-    runs = load(bed, judged)
+    runs = load(bed, judged, results)
     if not runs:
         return NOTHING
     head = (
@@ -163,7 +166,7 @@ def joules(runs: dict[int, dict]) -> str:
 def headline(beds: dict[str, str]) -> str:
     """AST against its rivals at each rate, a row a bed and rate; `beds` names each bed in words."""
     rows = [
-        "| trained on | a | AST, % | minus `random` | minus `balanced` | minus `short` | "
+        "| trained on | a | AST, % | minus `random` | minus `balanced` | minus `short`, up to ⅛ dearer | "
         "minus `infobatch`, up to ⅓ dearer | minus `full` | saved: training time; FLOPs |",
         "|" + "---|" * 9,
     ]
@@ -201,8 +204,9 @@ def a_little_dearer(runs: dict, policy: str, rival: str) -> str | None:
 
 
 def time_saved(runs: dict, policy: str) -> float:
-    """Training seconds saved against full training, percent, over the seeds that both have."""
+    """Training seconds saved against full training, percent, over the seeds that both have on one device."""
     shared = runs[policy].keys() & runs["full"].keys()
+    shared = [s for s in shared if runs[policy][s].get("device") == runs["full"][s].get("device")]
     ours, full = (sum(runs[name][seed]["train_seconds"] for seed in shared) for name in (policy, "full"))
     return 100 * (1 - ours / full) if shared else math.nan
 
@@ -302,8 +306,8 @@ def savings(axis: Axes, runs: dict) -> None:
 def trial_table(trials: list, default: str) -> str:
     """What came of trials of the search, on held-out training images."""
     rows = [
-        "| trial | expected | on | accuracy minus the default's | FLOPs ÷ full's |",
-        "|---|---|---|---|---|",
+        "| trial | expected | on | accuracy minus the default's | FLOPs ÷ full's | training s |",
+        "|---|---|---|---|---|---|",
     ]
     for trial in trials:
         for bed in trial.beds:
@@ -314,9 +318,20 @@ def trial_table(trials: list, default: str) -> str:
             wrong = [run["wrong_share"] for run in runs[trial.run].values()]
             came = str(found or "the default itself")
             came += "" if wrong[0] is None else f"; {statistics.mean(wrong):.0%} wrong in gated epochs"
-            cost = mean(runs[trial.run], "cost")
-            rows.append(f"| `{trial.policy}` | {trial.expected} | {bed} | {came} | {cost:.3f} |")
+            cost, seconds = mean(runs[trial.run], "cost"), mean(runs[trial.run], "train_seconds")
+            rows.append(
+                f"| `{trial.policy}` | {trial.expected} | {bed} | {came} | {cost:.3f} | {seconds:.0f} |"
+            )
     return "\n".join(rows) if len(rows) > 2 else NOTHING
+
+
+def besides(named: set[tuple[str, str]]) -> dict[str, list[str]]:
+    """Policies run on held-out images of each bed that are not among those named, as (bed, policy)."""
+    found = {}
+    for folder in sorted((RUNS / "held_out").glob("*")):
+        if rest := [name for name in load(folder.name, "held_out") if (folder.name, name) not in named]:
+            found[folder.name] = sorted(rest)
+    return found
 
 
 def rival_table(tried: dict[str, list[str]]) -> str:

@@ -125,17 +125,15 @@ def inside(data: str, seeds: list[int]) -> None:
         "bed": bed.what,
         "judged_on": "test images",
         "target": TARGET,
-        "command": f"python benchmarks/peer.py --seeds {','.join(map(str, seeds))}",
         "torch": torch.__version__,
         "device": ast.device_name("cpu"),
         "date": time.strftime("%Y-%m-%d"),
     }
-    kept = json.loads(RESULT.read_text())["runs"] if RESULT.exists() else []
-    runs = [run for run in kept if run["seed"] in seeds]  # goes on after a stop
+    runs = json.loads(RESULT.read_text())["runs"] if RESULT.exists() else []  # goes on after a stop
     for seed in seeds:
         if seed in [run["seed"] for run in runs]:
             continue
-        run = {"seed": seed}
+        run = {"seed": seed, "program": compare.digest(Path(ast.__file__))}
         if seed % 2:
             run["full"] = with_kit("full", seed)
         run["peer"] = with_peer(seed)
@@ -148,7 +146,8 @@ def inside(data: str, seeds: list[int]) -> None:
             run["full"] = with_kit("full", seed)
         runs.append(run)
         print(json.dumps(run), flush=True)
-        compare.keep(RESULT, {**found, "runs": runs})
+        made = ",".join(str(run["seed"]) for run in runs)
+        compare.keep(RESULT, {**found, "command": f"python benchmarks/peer.py --seeds {made}", "runs": runs})
 
 
 def main() -> None:
