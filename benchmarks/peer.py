@@ -5,7 +5,7 @@
 Same network, data, augmentation, optimizer and learning-rate schedule, in one process, turn about: the peer
 (its threshold starts at the lowest it may have, since from its default of 3 it hardly activates anything),
 plain training, the kit, which activates as many samples in all, its warm-up and anneal included; and the
-kit as it ships, asked for the same rate, whose phases are longer.
+kit asked for the same rate, with its own longer phases, and with these but for the ramp.
 The peer's forward pass gets the kit's bf16 (its own mixed precision is for CUDA only), and its loader hands
 out ready batches, so that neither slows it down. Written: the saving that it prints, and seconds.
 """
@@ -26,10 +26,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = "adaptive-sparse-training==1.0.1"
 TARGET, WARMUP, ANNEAL = 0.2, 1, 1  # rate asked of the peer; epochs on everything first, and the kit's last
-RESULT = ROOT / "benchmarks" / "results" / "peer.json"
+BEDS_HERE = ("four", "two-long")
 
 
-def inside(data: str, seeds: list[int]) -> None:
+def result_of(bed: str) -> Path:
+    """The file of the runs on a bed."""
+    return ROOT / "benchmarks" / "results" / f"peer_{bed}.json"
+
+
+def inside(data: str, seeds: list[int], bed_name: str) -> None:
     """The comparison; the peer is importable here."""
     import adaptive_sparse_training as peer
     import compare
@@ -69,7 +74,7 @@ def inside(data: str, seeds: list[int]) -> None:
             with self.autocast():
                 return self.model(images).float()
 
-    bed = BEDS["four"]
+    bed, file = BEDS[bed_name], result_of(bed_name)
     ast.keep_freed_memory()
     split = bed.split(ast.load_data(ast.replace(ast.Settings(), data=data, data_dir="data"), print), False)
     epochs = bed.settings["epochs"]
@@ -129,7 +134,7 @@ def inside(data: str, seeds: list[int]) -> None:
         "device": ast.device_name("cpu"),
         "date": time.strftime("%Y-%m-%d"),
     }
-    runs = json.loads(RESULT.read_text())["runs"] if RESULT.exists() else []  # goes on after a stop
+    runs = json.loads(file.read_text())["runs"] if file.exists() else []  # goes on after a stop
     for seed in seeds:
         if seed in [run["seed"] for run in runs]:
             continue
@@ -142,30 +147,34 @@ def inside(data: str, seeds: list[int]) -> None:
         phases = f"warmup_epochs={WARMUP},ramp_epochs=0,anneal_epochs={ANNEAL}"
         run["ast"] = with_kit(f"ast@{rate:.4f}:{phases}", seed)
         run["shipped"] = with_kit(f"ast@{TARGET}", seed)
+        run["no_ramp"] = with_kit(f"ast@{TARGET}:ramp_epochs=0", seed)
         if "full" not in run:
             run["full"] = with_kit("full", seed)
         runs.append(run)
         print(json.dumps(run), flush=True)
         made = ",".join(str(run["seed"]) for run in runs)
-        compare.keep(RESULT, {**found, "command": f"python benchmarks/peer.py --seeds {made}", "runs": runs})
+        command = f"python benchmarks/peer.py --bed {bed_name} --seeds {made}"
+        compare.keep(file, {**found, "command": command, "runs": runs})
 
 
 def main() -> None:
     """Makes the environment, runs the comparison in it, and removes it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", default="cifar10", help="CIFAR-10: a path, or cifar10 to search for it")
+    parser.add_argument("--bed", choices=BEDS_HERE, default=BEDS_HERE[0])
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--package", default=PACKAGE, help="a name for pip, or the path of a wheel")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.inside:
-        return inside(given.data, [int(seed) for seed in given.seeds.split(",")])
+        return inside(given.data, [int(seed) for seed in given.seeds.split(",")], given.bed)
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
         python = str(Path(folder) / "bin" / "python")
         requirements = ["-r", str(ROOT / "requirements.txt"), "scipy", given.package]
         subprocess.run([python, "-m", "pip", "install", "-q", *requirements], check=True)
         command = [python, __file__, "--inside", "--data", given.data, "--seeds", given.seeds]
+        command += ["--bed", given.bed]
         subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)})
 
 

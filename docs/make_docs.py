@@ -367,9 +367,9 @@ def search() -> str:
     return between(text, "where", "\n\n".join(sentences))
 
 
-def peer() -> str:
-    """The published package beside the kit and plain training, seed by seed."""
-    found = result("peer")
+def peer(bed: str) -> str:
+    """The published package beside the kit and plain training on a bed, seed by seed."""
+    found = result(f"peer_{bed}")
     if not found:
         return proof.NOTHING
     rows = [
@@ -378,31 +378,35 @@ def peer() -> str:
     ]
     for run in found["runs"]:
         saved = f"{run['peer']['saving_it_prints_percent']:.1f} %"
-        for name, who in (
-            ("peer", found["package"]),
-            ("ast", "the kit, as many samples"),
-            ("shipped", "the kit as it ships, same target"),
-            ("full", "plain training"),
-        ):
+        whose = {"peer": found["package"], **KIT_BESIDE_PEER, "full": "plain training"}
+        for name, who in ((name, who) for name, who in whose.items() if name in run):
             one = run[name]
             rows.append(
                 f"| {run['seed']} | {who} | {one['accuracy']:.2f} | {one['activation_rate']:.3f} | "
                 f"{one['train_seconds']:.0f} | {saved if name == 'peer' else '-'} |"
             )
-    against = [
-        beside(found["runs"], *pair) for pair in (("ast", "as many samples"), ("shipped", "one target"))
-    ]
+    against = [beside(found["runs"], name, words) for name, words in KIT_BESIDE_PEER.items()]
     where = (
         f"{found['bed']}; {found['device']}, torch {found['torch']}, {found['date']}; `{found['command']}`."
     )
-    return "\n".join([*rows, "", *against, where])
+    return "\n".join([*rows, "", *filter(None, against), "", where])
 
 
-def beside(runs: list[dict], name: str, at: str) -> str:
-    """The package against one of the kit's rows, seed by seed."""
+KIT_BESIDE_PEER = {
+    "ast": "the kit, as many samples",
+    "shipped": "the kit as it ships, same target",
+    "no_ramp": "the kit without its ramp, same target",
+}
+
+
+def beside(runs: list[dict], name: str, words: str) -> str:
+    """The package against one of the kit's rows, seed by seed; nothing where that was not run."""
+    runs = [run for run in runs if name in run]
     times = ", ".join(f"{run['peer']['train_seconds'] / run[name]['train_seconds']:.2f}" for run in runs)
     gains = ", ".join(f"{run[name]['accuracy'] - run['peer']['accuracy']:+.2f}" for run in runs)
-    return f"With {at}: seconds of the package ÷ the kit's {times}; accuracy of the kit minus its {gains}."
+    if not runs:
+        return ""
+    return f"- {words}: {times} times as fast as the package; accuracy minus the package's {gains}."
 
 
 def responses() -> str:
@@ -456,7 +460,9 @@ def all_evidence() -> str:
     for bed in proof.PICTURED:
         text = between(text, f"times {bed}", proof.times(bed))
     text = between(text, "natural tail", proof.natural("tail"))
-    return between(between(text, "peer", peer()), "controller", responses())
+    for bed in ("four", "two-long"):
+        text = between(text, f"peer {bed}", peer(bed))
+    return between(text, "controller", responses())
 
 
 if __name__ == "__main__":
