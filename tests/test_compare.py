@@ -16,6 +16,7 @@ import compare
 import controller
 import evidence
 import rules
+import trials
 
 ast = beds.ast
 PER_CLASS, TESTED = 120, 20
@@ -442,6 +443,44 @@ def test_the_headline_names_what_is_proven_and_what_is_not(monkeypatch):
     assert "not inferior" not in second
     assert "| -1.00 (1) |" in second
     assert "| +2.00 ± 2.48 (3) |" in second, "InfoBatch is a rival where it costs as much, or a little more"
+
+
+def test_held_out_rows_stand_beside_chance_and_plain_training_at_their_cost(monkeypatch):
+    runs = {
+        "ast@0.1:lean": of([70.0, 71.0], 0.16),
+        "random@0.1:lean": of([69.0, 70.0], 0.16),
+        "short@0.1667": of([68.0, 68.0], 0.1667),
+        "short@0.4": of([75.0, 75.0], 0.4),
+    }
+    monkeypatch.setattr(evidence, "load", lambda *_: runs)
+    _, _, *lines = evidence.rival_table({"bed": ["ast@0.1:lean", "short@0.1667", "not run yet"]}).splitlines()
+    assert lines == [
+        "| `ast@0.1:lean` | bed | 70.50 | +1.00 ± 0.00 (2) | +2.50 ± 6.35 (2) | - | 0.160 |",
+        "| `short@0.1667` | bed | 68.00 | - | - | - | 0.167 |",
+    ]
+
+
+def test_seconds_of_two_machines_are_not_compared():
+    runs = {"full": of([96.0, 96.0], 1.0), "ast@0.2": of([95.0, 95.0], 0.4)}
+    for own in runs.values():
+        own[0]["device"] = "a laptop"
+    runs["full"][1]["device"], runs["ast@0.2"][1]["device"] = "a laptop", "a server"
+    runs["ast@0.2"][1]["train_seconds"] = 0.1
+    assert evidence.time_saved(runs, "ast@0.2") == pytest.approx(60)
+
+
+@pytest.mark.parametrize(
+    "now,then",
+    [
+        ("ast@0.2", "ast@0.2:weight_gamma=0.5"),
+        ("ast@0.2:weight_gamma=0", "ast@0.2"),
+        ("turned@0.2:floor=0", "turned@0.2:floor=0,weight_gamma=0.5"),
+        ("ast@0.2:weight_gamma=1", "ast@0.2:weight_gamma=1"),
+        ("random@0.2", "random@0.2"),
+    ],
+)
+def test_a_trial_is_named_by_the_weights_it_was_made_with(now, then):
+    assert trials.as_begun(now) == then
 
 
 def test_tables_are_made_of_every_policy(monkeypatch):
