@@ -277,17 +277,33 @@ def colour(policy: str) -> str:
 
 def frontier(axis: Axes, runs: dict) -> None:
     """Accuracy against training seconds, with 95 % intervals; plain training as a line."""
+    points = {}
     for name, own in runs.items():
         accuracies = [run["accuracy"] for run in own.values()]
         width = half_width(accuracies) if len(own) > 1 else 0
-        x, y = mean(own, "train_seconds"), statistics.mean(accuracies)
-        axis.errorbar(x, y, yerr=width, fmt="o", ms=4, color=colour(name), lw=1)
-        axis.annotate(name, (x, y), fontsize=6, xytext=(4, 2), textcoords="offset points")
+        points[name] = mean(own, "train_seconds"), statistics.mean(accuracies)
+        axis.errorbar(*points[name], yerr=width, fmt="o", ms=4, color=colour(name), lw=1)
     line = sorted((mean(own, "train_seconds"), mean(own, "accuracy")) for own in plain(runs))
     axis.plot(*zip(*line, strict=True), color="k", lw=0.8, ls=":")
     axis.set_xlabel("training seconds, scoring included")
     axis.set_ylabel("accuracy, %")
     axis.grid(alpha=0.2)
+    name_points(axis, points)
+
+
+def name_points(axis: Axes, points: dict[str, tuple[float, float]]) -> None:
+    """A name beside each point; where two would lie on each other, the upper one moves up."""
+    axis.figure.draw_without_rendering()  # the scale is settled only then
+    taken: list[np.ndarray] = []  # points of a printer, 1/72 inch
+    for name, point in sorted(points.items(), key=lambda item: item[1][1]):
+        anchor = axis.transData.transform(point) * 72 / axis.figure.dpi
+        at = anchor + np.array([4, -6])
+        while any(abs(at[0] - other[0]) < 4 * len(name) and abs(at[1] - other[1]) < 7 for other in taken):
+            at[1] += 1
+        taken.append(at)
+        axis.annotate(
+            name, point, fontsize=6, color=colour(name), xytext=at - anchor, textcoords="offset points"
+        )
 
 
 def savings(axis: Axes, runs: dict) -> None:
