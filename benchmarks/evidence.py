@@ -24,6 +24,7 @@ MARGIN = 0.3  # points below full's accuracy that still count as not inferior; f
 NOTHING = "Not measured yet."
 PICTURED = ("tail", "ten", "two-long", "long", "whole")
 OLDER = ", γ = ½"  # said of a row made with weights that are no longer the default
+FAR = 2.5  # times the next shorter length of plain training: too far to interpolate
 PHASES = "lean warmup_epochs ramp_epochs anneal_epochs".split()
 RECIPE = "epochs batch_size lr weight_decay label_smoothing clip_norm ema".split()  # both act on chance too
 SHARES = (0.90, 0.95, 0.99, 1.00)  # of full's accuracy, for the time to reach it
@@ -246,7 +247,8 @@ def saving_at_equal_accuracy(runs: dict, policy: str) -> float | None:
     """Share of the FLOPs that `policy` saves against plain training cut to the same accuracy, percent.
 
     Plain training's cost at that accuracy is interpolated between those of `full` and the `short` runs that
-    are more accurate than every cheaper one; None outside of them.
+    are more accurate than every cheaper one; None outside of them, and between lengths so far apart that a
+    straight line would make plain training look dear.
     """
     costs, accuracies = [], []
     for cost, accuracy in sorted((mean(own, "cost"), mean(own, "accuracy")) for own in plain(runs)):
@@ -255,6 +257,9 @@ def saving_at_equal_accuracy(runs: dict, policy: str) -> float | None:
             accuracies.append(accuracy)
     accuracy = mean(runs[policy], "accuracy")
     if len(costs) < 2 or not accuracies[0] <= accuracy <= accuracies[-1]:
+        return None
+    above = max(1, int(np.searchsorted(accuracies, accuracy)))
+    if costs[above] > FAR * costs[above - 1] + 1e-9:
         return None
     return 100 * (1 - mean(runs[policy], "cost") / float(np.interp(accuracy, accuracies, costs)))
 

@@ -384,6 +384,14 @@ def test_plain_training_that_is_dearer_and_no_better_does_not_flatter_a_policy()
     assert evidence.saving_at_equal_accuracy(runs, "ast@0.2") == without
 
 
+def test_no_saving_is_read_off_between_lengths_that_are_far_apart():
+    runs = {"full": of([96.0], 1.0), "short@0.2": of([90.0], 0.2), "ast@0.2": of([94.0], 0.4)}
+    assert evidence.saving_at_equal_accuracy(runs, "ast@0.2") is None
+    runs["short@0.4"] = of([93.0], 0.4)
+    runs["short@0.6"] = of([95.0], 0.6)
+    assert evidence.saving_at_equal_accuracy(runs, "ast@0.2") == pytest.approx(100 * (1 - 0.4 / 0.5))
+
+
 def test_natural_accuracy_is_told_of_the_runs_that_know_it_alone(monkeypatch):
     runs = {"ast@0.2": of([66.0, 68.0]), "random@0.2": of([64.0, 65.0]), "full": of([73.0], 1.0)}
     for name, value in (("ast@0.2", 80.0), ("random@0.2", 80.5)):
