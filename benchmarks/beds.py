@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "standalone"))
 import cifar10_ast as ast
 
 HELD_OUT = 5000  # training images that judge the search
+FRAMES = 20  # of each filmed image, itself among them
 SPLIT = 2026  # seed of every draw that defines a bed; runs have seeds of their own
 
 
@@ -28,6 +29,7 @@ class Bed:
     size: int = 0  # training images, evenly from the classes; 0 takes all
     tail: float = 1.0  # images of the rarest class ÷ images of the most frequent
     wrong: float = 0.0  # share of the training labels replaced by another class
+    filmed: float = 0.0  # share of the training images that come as FRAMES frames each
     pretrained: bool = False  # begin with weights trained on the other classes
     shipped: bool = False  # the program's own model and recipe, not the compact network
     settings: dict = field(default_factory=dict)
@@ -61,20 +63,43 @@ class Bed:
             tested = torch.as_tensor(np.asarray(data.val_labels)).long()
             mine = (place_of[tested] >= 0).nonzero().flatten()
             images, answers = data.val_images[mine.numpy()], place_of[tested[mine]]
-        return Split(data.train_images[kept.numpy()], given, truth, images, answers)
+        split = Split(
+            data.train_images[kept.numpy()], given, truth, torch.arange(len(given)), images, answers
+        )
+        return film(split, self.filmed, generator) if self.filmed else split
 
 
 @dataclass
 class Split:
     """Images uint8 [N, 32, 32, 3] and labels int64 [N] to train on, the true labels (-1: not the given one,
-    and no other is known), and the judges."""
+    and no other is known), scenes int64 [N] (the same for frames of one image), and the judges."""
 
     images: np.ndarray
     labels: torch.Tensor
     truth: torch.Tensor
+    scenes: torch.Tensor
     judge_images: np.ndarray
     judge_labels: torch.Tensor
     weights: dict[str, torch.Tensor] | None = None  # to begin with, instead of random ones
+
+
+def film(split: Split, share: float, generator: torch.Generator) -> Split:
+    """Makes some images repeat as in a video: FRAMES - 1 more of each, shifted by up to 2 pixels each way
+    and up to a tenth darker or lighter."""
+    count, side = len(split.labels), split.images.shape[1]
+    copies = torch.randperm(count, generator=generator)[: int(share * count)].repeat(FRAMES - 1)
+    shifts = torch.randint(0, 5, (len(copies), 2), generator=generator).tolist()
+    light = 0.9 + 0.2 * torch.rand(len(copies), 1, 1, 1, generator=generator).numpy()
+    wide = np.pad(split.images[copies.numpy()], ((0, 0), (2, 2), (2, 2), (0, 0)), "edge")
+    frames = np.stack([one[y : y + side, x : x + side] for one, (y, x) in zip(wide, shifts, strict=True)])
+    scenes = torch.cat([torch.arange(count), copies])
+    return replace(
+        split,
+        images=np.concatenate([split.images, (frames * light).clip(0, 255).astype(np.uint8)]),
+        labels=split.labels[scenes],
+        truth=split.truth[scenes],
+        scenes=scenes,
+    )
 
 
 # Tuned for plain training on held-out images, also for `short` (docs/search.md); for all policies alike.
@@ -114,6 +139,12 @@ BEDS: dict[str, Bed] = {
         settings={"epochs": 16, **RECIPE, "lr": 0.05},
     ),
     "ten": Bed("10,000 images of CIFAR-10, 30 epochs", size=10_000, settings={"epochs": 30, **RECIPE}),
+    "filmed": Bed(
+        "3,500 images of CIFAR-10, a tenth of them as 20 frames each, slightly moved (made), 30 epochs",
+        size=3500,
+        filmed=0.1,
+        settings={"epochs": 30, **RECIPE},
+    ),
     "tail": Bed(
         "CIFAR-10 with a long tail: 20 images of the commonest class for one of the rarest, 16 epochs",
         tail=1 / 20,

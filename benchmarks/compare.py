@@ -79,6 +79,8 @@ KINDS: dict[str, Policy] = {
     "curriculum": Policy({}, before_loader(rules.Curriculum)),
     # By chance, every class as often: needs labels, and tells what of AST's lead is owed to balance alone.
     "balanced": Policy({}, lambda config, split, score: rules.Balanced(config, split.labels)),
+    # The same for images that repeat: every scene as often; it must be told which images are frames of one.
+    "distinct": Policy({}, lambda config, split, score: rules.Balanced(config, split.scenes)),
     # Active learning's margin between the two likeliest classes (Scheffer et al. 2001), remembered.
     "margin": Policy({"significance": "margin", "guard": False}),
     # A step at half resolution for what is skipped; chosen by significance, or by chance.
@@ -180,6 +182,7 @@ def measure(bed: Bed, chosen: Policy, seed: int, split: Split, every_epoch: bool
     by_class = class_accuracies(trainer, split)
     frequency = split.labels.bincount(minlength=len(by_class)) / len(split.labels)
     wrong, times = split.labels != split.truth, trainer.times_activated.float()
+    repeats = split.scenes.bincount()[split.scenes] > 1
     return {
         "accuracy": round(result["final_accuracy"], 2),
         "worst_class": round(min(by_class), 2),
@@ -196,8 +199,14 @@ def measure(bed: Bed, chosen: Policy, seed: int, split: Split, every_epoch: bool
         "device": ast.device_name(str(trainer.device)),
         "amp": str(trainer.dtype or "off").removeprefix("torch."),
         "curve": curve,
-        "wrong_share": float(times[wrong].sum() / times.sum()) if wrong.any() and times.sum() else None,
+        "wrong_share": share_of(wrong, times),
+        "repeat_share": share_of(repeats, times),
     }
+
+
+def share_of(kind: torch.Tensor, times: torch.Tensor) -> float | None:
+    """The share of a kind of samples among the activations in gated epochs; None without either."""
+    return float(times[kind].sum() / times.sum()) if kind.any() and times.sum() else None
 
 
 def class_accuracies(trainer: ast.AdaptiveSparseTrainer, split: Split) -> list[float]:
@@ -329,6 +338,7 @@ RULES = [
 NOISY = ["infobatch", "ast@0.2:guard=false"]
 FULL = {
     "tail": ((0.6, *RATES), [*RULES, "balanced@0.4", "balanced@0.1"]),  # 0.6 is at InfoBatch's cost
+    "filmed": (RATES, ["distinct@0.2", "balanced@0.2", "infobatch", "shuffled@0.2"]),
     "two-long": ((0.2,), []),
     "long": ((0.4, 0.3, 0.2, 0.1), ["infobatch", "shuffled@0.2"]),  # 0.3 saves just over 45 %
     "ten": ((0.2, "0.2:lean", "0.1:lean"), ["infobatch", "ast@0.2:weight_gamma=0.5"]),

@@ -195,6 +195,16 @@ SPARER: dict[str, list[str]] = {
     ],
 }
 
+# Images that repeat, which no label tells: what AST has over chance, and what is left of it beside chance
+# that knows which are frames of one image.
+REPEATS: dict[str, list[str]] = {
+    "filmed": [
+        *("full", "ast@0.4", "random@0.4", "short@0.6000", "ast@0.2", "random@0.2", "short@0.4667"),
+        *("ast@0.1", "random@0.1", "short@0.4000", "balanced@0.2", "distinct@0.2"),
+        "distinct@0.4400:warmup_epochs=0,ramp_epochs=0,anneal_epochs=0",
+    ],
+}
+
 
 def main() -> None:
     """Runs every trial that has not been run."""
@@ -206,10 +216,10 @@ def main() -> None:
     data = ast.load_data(ast.replace(ast.Settings(), data=given.data, data_dir="data"), print)
     tried = [(bed, t.run) for trials in CHAPTERS.values() for t in trials for bed in t.beds]
     of_bed = {bed: [as_begun(DEFAULT), *(run for b, run in tried if b == bed)] for bed, _ in tried}
-    for bed in {**of_bed, **SPARER}:
-        names = list(dict.fromkeys([*of_bed.get(bed, []), *SPARER.get(bed, [])]))
+    for bed in {**of_bed, **SPARER, **REPEATS}:
+        names = dict.fromkeys([*of_bed.get(bed, []), *SPARER.get(bed, []), *REPEATS.get(bed, [])])
         seeds = [int(seed) for seed in given.seeds.split(",")]
-        compare.Comparison(bed, data, held_out=True).run_all(names, seeds)
+        compare.Comparison(bed, data, held_out=True).run_all(list(names), seeds)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,36 @@ def test_a_tail_thins_the_classes_one_after_the_other(data):
     assert counts[-1] == int(PER_CLASS / 20)
 
 
+def test_filmed_images_come_as_often_as_said_and_look_alike(data):
+    bed = replace(beds.BEDS["filmed"], size=100)
+    split = bed.split(data, held_out=False)
+    counts = split.scenes.bincount()
+    assert sorted(counts.tolist()) == [1] * 90 + [beds.FRAMES] * 10
+    assert torch.equal(split.labels, split.labels[split.scenes]) and len(split.images) == len(split.scenes)
+    plain = replace(bed, filmed=0.0).split(data, held_out=False)
+    assert np.array_equal(split.images[:100], plain.images)
+    for frame, scene in zip(split.images[100:], split.scenes[100:].tolist(), strict=True):
+        away = [
+            np.abs(frame[2:-2, 2:-2] - 1.0 * plain.images[scene][2 + y : 30 + y, 2 + x : 30 + x]).max()
+            for y in range(-2, 3)
+            for x in range(-2, 3)
+        ]
+        assert min(away) <= 0.1 * 255 + 1  # the image itself, moved and lit otherwise: noise is nowhere near
+    assert np.array_equal(split.images, bed.split(data, held_out=False).images)
+
+
+def test_distinct_chooses_every_scene_as_often(data):
+    split = replace(beds.BEDS["filmed"], size=1000).split(data, held_out=False)
+    gate = compare.KINDS["distinct"].gate(ast.ASTConfig(), split, None)
+    times, generator = torch.zeros(len(split.labels)), torch.Generator().manual_seed(0)
+    for _ in range(200):
+        candidates = torch.randperm(len(times), generator=generator)
+        times[gate.select(candidates, 0.1, generator)[0]] += 1
+    by_scene = torch.zeros(1000).index_add(0, split.scenes, times)
+    repeats = split.scenes.bincount() > 1
+    assert by_scene[repeats].mean() == pytest.approx(float(by_scene[~repeats].mean()), rel=0.05)
+
+
 @pytest.mark.parametrize("percent", [10, 20, 40])
 def test_wrong_labels_are_as_many_as_said_and_never_right(data, percent):
     split = beds.BEDS[f"four-{percent}"].split(data, held_out=False)
