@@ -9,7 +9,6 @@ Writes benchmarks/results/<name>.json. Run it on an otherwise idle machine.
 """
 
 import argparse
-import math
 import os
 import statistics
 import sys
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 import torchvision
 from bars import CPU, ROOT, SPARSE, phase_seconds, record
+from evidence import half_width
 from PIL import Image
 from torch import nn
 from torchvision import transforms
@@ -294,21 +294,15 @@ def budget(data: str, seeds: str, epochs: int, train_size: int) -> dict:
         "mean_accuracy": {name: policy["final_accuracy"] for name, policy in policies.items()},
         "seconds": {name: policy["train_seconds"] for name, policy in policies.items()},
         "activated": {name: policy["activated"] for name, policy in policies.items()},
-        "ast_minus": {
-            rival: dict(zip(("mean", "half_width"), paired(per_seed["ast"], per_seed[rival]), strict=True))
-            for rival in ("short", "random")
-        },
+        "ast_minus": {rival: difference(per_seed["ast"], per_seed[rival]) for rival in ("short", "random")},
         "reach": "above 0 for both",
     }
 
 
-def paired(ours: list[float], theirs: list[float]) -> tuple[float, float | None]:
-    """Mean paired difference, and half the width of its 95 % interval (Student's t), None for one seed."""
+def difference(ours: list[float], theirs: list[float]) -> dict:
+    """Mean paired difference, and half the width of its 95 % interval, None for one seed."""
     gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
-    if len(gaps) == 1:
-        return gaps[0], None
-    quantile = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}.get(len(gaps), 2.0)
-    return statistics.mean(gaps), quantile * statistics.stdev(gaps) / math.sqrt(len(gaps))
+    return {"mean": statistics.mean(gaps), "half_width": half_width(gaps) if len(gaps) > 1 else None}
 
 
 def main() -> None:
