@@ -145,6 +145,14 @@ BEDS: dict[str, Bed] = {
         filmed=0.1,
         settings={"epochs": 30, **RECIPE},
     ),
+    "filmed-long": Bed(
+        "1,750 images of four well-separated classes of CIFAR-10, a tenth of them as 20 frames each, "
+        "slightly moved (made), 60 epochs",
+        classes=APART,
+        size=1750,
+        filmed=0.1,
+        settings={"epochs": 60, **RECIPE},
+    ),
     "tail": Bed(
         "CIFAR-10 with a long tail: 20 images of the commonest class for one of the rarest, 16 epochs",
         tail=1 / 20,

@@ -103,7 +103,8 @@ def policy(name: str, bed: Bed) -> Policy:
     changes = {k: value(v) for k, _, v in (item.partition("=") for item in tail.split(",") if tail)}
     if changes.pop("lean", None) is not None:
         changes = LEAN | changes
-    knobs = {k: changes.pop(k) for k in list(changes) if k in {f.name for f in fields(rules.Knobs)}}
+    turns = {f.name for f in fields(rules.Knobs)} if kind == "turned" else set()
+    knobs = {k: changes.pop(k) for k in list(changes) if k in turns}
     if kind == "turned":
         made = Policy(
             {},
@@ -111,7 +112,7 @@ def policy(name: str, bed: Bed) -> Policy:
                 config, len(split.labels), rules.Knobs(**knobs), split.labels
             ),
         )
-    elif kind in KINDS and not knobs:
+    elif kind in KINDS:
         made = KINDS[kind]
     else:
         raise SystemExit(
@@ -338,7 +339,10 @@ RULES = [
 NOISY = ["infobatch", "ast@0.2:guard=false"]
 FULL = {
     "tail": ((0.6, *RATES), [*RULES, "balanced@0.4", "balanced@0.1"]),  # 0.6 is at InfoBatch's cost
-    "filmed": (RATES, ["distinct@0.2", "balanced@0.2", "infobatch", "shuffled@0.2"]),
+    "filmed": (
+        (0.4, 0.2, "0.4:lean"),
+        ["distinct@0.2", "distinct@0.4:lean", "balanced@0.2", "infobatch", "shuffled@0.2"],
+    ),
     "two-long": ((0.2,), []),
     "long": ((0.4, 0.3, 0.2, 0.1), ["infobatch", "shuffled@0.2"]),  # 0.3 saves just over 45 %
     "ten": ((0.2, "0.2:lean", "0.1:lean"), ["infobatch", "ast@0.2:weight_gamma=0.5"]),

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "benchmarks" / "results" / "compare"
 MARGIN = 0.3  # points below full's accuracy that still count as not inferior; fixed before any run
 NOTHING = "Not measured yet."
-PICTURED = ("tail", "ten", "two-long", "long", "whole")
+PICTURED = ("tail", "filmed", "ten", "two-long", "long", "whole")
 OLDER = ", γ = ½"  # said of a row made with weights that are no longer the default
 FAR = 2.5  # times the next shorter length of plain training: too far to interpolate
 PHASES = "lean warmup_epochs ramp_epochs anneal_epochs".split()
@@ -124,16 +124,20 @@ def table(bed: str, judged: str = "test", results: Path = RUNS) -> str:
         rows.append(
             f"| {name} | {len(own)} | {statistics.mean(accuracies):.2f}{width} | "
             f"{mean(own, 'worst_class'):.1f} | {against or '-'} | {full or '-'}{verdict(full)} | "
-            f"{mean(own, 'activation_rate'):.3f}{wrong(own)} | {mean(own, 'cost'):.3f} | "
+            f"{mean(own, 'activation_rate'):.3f}{chosen(own)} | {mean(own, 'cost'):.3f} | "
             f"{mean(own, 'train_seconds'):.0f} | {mean(own, 'total_seconds'):.0f} | {joules(own)} |"
         )
     return "\n".join(rows)
 
 
-def wrong(runs: dict[int, dict]) -> str:
-    """Share of wrong labels among what the gate activated; nothing where none are, or none was chosen."""
-    shares = [share for run in runs.values() if (share := run.get("wrong_share")) is not None]
-    return f", {statistics.mean(shares):.0%} of the chosen wrong" if shares else ""
+def chosen(runs: dict[int, dict]) -> str:
+    """Shares of wrong labels and of repeats among what the gate activated; nothing where none are, or none
+    was chosen."""
+    words = ""
+    for key, kind in (("wrong_share", "wrong"), ("repeat_share", "repeats")):
+        shares = [share for run in runs.values() if (share := run.get(key)) is not None]
+        words += f", {statistics.mean(shares):.0%} of the chosen {kind}" if shares else ""
+    return words
 
 
 def natural(bed: str) -> str:

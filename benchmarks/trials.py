@@ -202,6 +202,18 @@ REPEATS: dict[str, list[str]] = {
         *("full", "ast@0.4", "random@0.4", "short@0.6000", "ast@0.2", "random@0.2", "short@0.4667"),
         *("ast@0.1", "random@0.1", "short@0.4000", "balanced@0.2", "distinct@0.2"),
         "distinct@0.4400:warmup_epochs=0,ramp_epochs=0,anneal_epochs=0",
+        *("ast@0.4:lean", "random@0.4:lean", "distinct@0.4:lean", "live@0.4:lean"),
+        *("ast@0.4:temperature=0.1", "ast@0.2:temperature=0.1", "ast@0.2:lean,temperature=0.1"),
+        *("ast@0.4:lean,temperature=0.1", "ast@0.4:lean,temperature=0.05"),
+        *("ast@0.4:lean,guard=false", "ast@0.4:lean,temperature=0.1,guard=false"),
+        *("turned@0.4:floor=0,lean,temperature=0.1", "turned@0.4:relative=true,lean"),
+        "turned@0.4:relative=true,lean,temperature=0.1",
+        "turned@0.4:relative=true,lean,temperature=0.1,guard=false",
+        "turned@0.4:relative=true,newest=1,lean,temperature=0.1",
+    ],
+    "filmed-long": [
+        *("full", "ast@0.2", "random@0.2", "short@0.4667", "distinct@0.2", "ast@0.1", "random@0.1"),
+        *("short@0.4000", "ast@0.4:lean", "random@0.4:lean", "short@0.4333", "distinct@0.4:lean"),
     ],
 }
 

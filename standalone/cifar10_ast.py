@@ -139,6 +139,7 @@ class Settings:
     temperature: float = 0.25  # T, softness of the gate's edge in ranks; 0.1 chooses hard samples strictly
     weight_gamma: float = 0.0  # γ of the weights (p/a)^-γ; 0 weighs all alike, 1 is unbiased
     guard: bool = True  # remembered: rank as average what stays hard visit after visit
+    balance: bool = False  # remembered: activate as many of every class, for classes that are rare
     live_rule: str = "threshold"  # threshold or topk, for --gate live
     score_scale: float = 1.0  # image side used for live scoring, fraction of the full side in (0, 1]
     feedforward: bool = True  # solve for θ; --no-feedforward is the pure PI of the original reports
@@ -1267,6 +1268,7 @@ class ASTConfig:
     temperature: float = 0.25
     weight_gamma: float = 0.0
     guard: bool = True
+    balance: bool = False
     live_rule: str = "threshold"
     score_scale: float = 1.0
     feedforward: bool = True
@@ -1570,16 +1572,50 @@ def importance_weights(p: Tensor, gamma: float, target: float) -> Tensor:
 #
 # `candidates` is a chunk of sample indices in random order. A skipped sample is never decoded, moved or
 # forwarded. In phases that train on everything the gate is not asked, only told.
+#
+# Rare classes are hard, so a gate that looks for what is hard leans to them, but not far. `balance=True` is
+# for classes that differ in size and matter alike: ranks are taken within a class, and the same number of
+# activations is dealt out so that every class gets as many, as far as it has them.
 
 
 # %% Gates before the loader tags=["shared"]
+def rank_within(u: Tensor, labels: Tensor) -> Tensor:
+    """The ranks in (0, 1) of u [m] among those of the same label (int64 [m]), float32 [m]."""
+    order = u.argsort()
+    order = order[labels[order].argsort(stable=True)]
+    sizes = labels.bincount()
+    place, ranks = torch.arange(len(u)) - (sizes.cumsum(0) - sizes)[labels[order]], torch.empty(len(u))
+    ranks[order] = (place + 0.5) / sizes[labels[order]]
+    return ranks
+
+
+def deal_out(shares: Tensor, count: float) -> Tensor:
+    """The multiple of shares [m] (above 0), cut off at 1 each, whose sum is `count`, float32 [m]."""
+    largest_first = shares.double().sort(descending=True).values
+    rest = largest_first.flip(0).cumsum(0).flip(0)  # the sum of a share and all smaller ones
+    factors = (count - torch.arange(len(shares))) / rest  # if so many of the largest are cut off
+    enough = (factors * largest_first <= 1).nonzero()
+    return (shares * factors[enough[0]]).clamp(max=1).float() if len(enough) else torch.ones(len(shares))
+
+
 class RememberedGate:
     """Activates by remembered significance; costs a·n training steps an epoch and nothing else."""
 
     needs_views = False
 
-    def __init__(self, config: ASTConfig, n: int):
+    def __init__(self, config: ASTConfig, n: int, labels: Tensor | None = None):
+        """labels: int64 [n] on the CPU, which `config.balance` needs. Raises BadInput without them."""
+        if config.balance and labels is None:
+            raise BadInput(
+                "balance: the training data do not tell their labels without being loaded; give arrays or a "
+                "dataset with `targets`, or leave it off"
+            )
         self.config = config
+        self.labels = labels
+        if config.balance:
+            self.sizes = labels.bincount().float()
+            even = len(labels) / int((self.sizes > 0).sum())
+            self.pace = (even / self.sizes).clamp(max=1)  # a large class's turn comes round more slowly
         self.memory = Memory(n, config.guard)
         self.controller = Controller(config)
         self.clock = 0.0  # epochs of candidates seen
@@ -1588,7 +1624,10 @@ class RememberedGate:
     def select(self, candidates: Tensor, target: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Activates target·m of the m candidates (int64 [m]), rounded; weights have mean 1."""
         m = len(candidates)
-        u = self.memory.rank(candidates)
+        u, balance = self.memory.rank(candidates), self.config.balance
+        if balance:
+            labels = self.labels[candidates]
+            u = rank_within(u, labels)
         overdue = self.overdue(candidates, target)
         waiting = u[~overdue]
         temperature = self.config.temperature
@@ -1596,6 +1635,8 @@ class RememberedGate:
         slope = threshold_slope(waiting, solved, target, temperature)
         threshold = self.controller.threshold(solved, slope)
         p = activation_probability(u, threshold, target, temperature)
+        if balance:
+            p[~overdue] = deal_out((p / self.sizes[labels])[~overdue], float(p[~overdue].sum()))
         taken, self.phase = systematic(torch.where(overdue, 1.0, p), self.phase)
         self.controller.update(len(taken), m, target, exact=self.config.feedforward)
         self.clock += m / len(self.memory.visited)
@@ -1604,9 +1645,12 @@ class RememberedGate:
     def overdue(self, candidates: Tensor, target: float) -> Tensor:
         """Mask of the samples that waited 2/a epochs or more: the oldest, at most half of what is activated.
 
-        Without that cap, a raised target would make most samples overdue at once.
+        Without that cap, a raised target would make most samples overdue at once. With `balance` a class has
+        as much longer as it is larger than the others.
         """
         wait = self.clock - self.memory.visited[candidates]
+        if self.config.balance:
+            wait = wait * self.pace[self.labels[candidates]]
         oldest = wait.topk(int(0.5 * target * len(candidates))).indices
         mask = torch.zeros(len(candidates), dtype=torch.bool)
         mask[oldest] = wait[oldest] >= 2 / target
@@ -2259,6 +2303,14 @@ class DatasetSource:
     def __len__(self) -> int:
         return len(self.loader.dataset)
 
+    @property
+    def labels(self) -> Tensor | None:
+        """What the dataset tells without loading images: `targets`, as torchvision's have, or the last of its
+        `tensors`; None without either."""
+        data = self.loader.dataset
+        targets = getattr(data, "targets", getattr(data, "tensors", [None])[-1])
+        return None if targets is None else torch.as_tensor(targets).long()
+
     def stream(self, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """As `Source.stream`; asks the dataset for these indices and no others."""
         loader = DataLoader(
@@ -2723,7 +2775,10 @@ class AdaptiveSparseTrainer:
 
     def _make_gate(self, name: str) -> object:
         if name == "remembered":
-            return RememberedGate(self.config, len(self.train_source))
+            labels = getattr(self.train_source, "labels", None) if self.config.balance else None
+            return RememberedGate(
+                self.config, len(self.train_source), None if labels is None else labels.cpu()
+            )
         if name == "proxy":
             return ProxyGate(self.config, self._make_proxy, self._charge_proxy, self._proxy_precision)
         return LiveGate(self.config, self.score) if name == "live" else RandomGate()
@@ -2833,6 +2888,8 @@ class AdaptiveSparseTrainer:
         idle = idle if config.feedforward else {}
         if config.gate == "proxy":
             idle |= dict.fromkeys(("significance", "score_scale", "live_rule"), "acts with other gates only")
+        if config.gate in ("live", "proxy"):
+            idle["balance"] = "acts with the gate remembered only"
         for name, when in idle.items():
             if getattr(config, name) != getattr(ASTConfig, name):
                 self.emit("notice", text=f"{name} {when}")

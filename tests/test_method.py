@@ -207,6 +207,67 @@ def test_the_gate_prefers_high_significance_but_visits_everything(cifar, generat
     assert (count > 0).all()
 
 
+@given(
+    shares=st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=200),
+    share_of_all=st.floats(0, 1),
+)
+def test_dealing_out_meets_the_count_and_keeps_proportions(cifar, shares, share_of_all):
+    shares = torch.tensor(shares)
+    count = share_of_all * len(shares)
+    p = cifar.deal_out(shares, count)
+    assert float(p.double().sum()) == pytest.approx(count, rel=1e-5, abs=1e-5)
+    assert float(p.min()) >= 0
+    assert float(p.max()) <= 1
+    free = p < 1
+    if free.any():
+        factor = p[free].double() / shares[free].double()
+        assert torch.allclose(factor, factor[0].expand(len(factor)), rtol=1e-4, atol=1e-12)
+
+
+@given(labels=st.lists(st.integers(0, 5), min_size=1, max_size=60))
+def test_ranks_within_a_class_fill_it_evenly_and_keep_its_order(cifar, labels):
+    labels = torch.tensor(labels)
+    u = torch.linspace(0, 1, len(labels))[torch.randperm(len(labels))]
+    ranks = cifar.rank_within(u, labels)
+    for label in labels.unique():
+        own = labels == label
+        size = int(own.sum())
+        assert torch.allclose(ranks[own].sort().values, (torch.arange(size) + 0.5) / size)
+        assert torch.equal(ranks[own].argsort(), u[own].argsort())
+
+
+def test_balance_activates_as_many_of_every_class_the_significant_first(cifar, generator):
+    labels = torch.tensor([0] * 1600 + [1] * 300 + [2] * 100)[torch.randperm(2000, generator=generator)]
+    config = cifar.ASTConfig(balance=True, guard=False)
+    gate, loss = cifar.RememberedGate(config, 2000, labels), torch.rand(2000, generator=generator)
+    gate.observe(torch.arange(2000), loss)
+    count, total = torch.zeros(2000), 0
+    for _ in range(30):
+        for candidates in torch.randperm(2000, generator=generator).chunk(20):
+            indices, weights = gate.select(candidates, 0.1, generator)
+            gate.observe(indices, loss[indices])
+            count[indices] += 1
+            total += len(indices)
+            assert torch.equal(weights, torch.ones(len(weights)))
+    each = torch.stack([count[labels == label].sum() for label in range(3)])
+    assert total == 30 * 200
+    assert float(each.min()) > 0.7 * float(each.max()), "by chance it would be a sixteenth"
+    common = labels == 0
+    assert count[common & (loss > 0.8)].mean() > 2 * count[common & (loss < 0.2)].mean()
+
+
+def test_balance_changes_nothing_that_the_controller_holds(cifar, generator):
+    labels, loss = torch.arange(2000) % 7 // 3, torch.rand(2000, generator=generator)
+    gates = []
+    for balance in (False, True):
+        gate = cifar.RememberedGate(cifar.ASTConfig(balance=balance), 2000, labels)
+        gate.observe(torch.arange(2000), loss)
+        gates.append(gate)
+    for candidates in torch.randperm(2000, generator=generator).chunk(20):
+        counts = {len(gate.select(candidates, 0.3, generator)[0]) for gate in gates}
+        assert counts == {30}
+
+
 @pytest.mark.parametrize("guard", [True, False])
 def test_the_guard_keeps_the_gate_from_living_on_what_never_gets_easier(cifar, generator, guard):
     n, target = 2000, 0.2

@@ -257,6 +257,46 @@ def test_settings_that_the_proxy_does_not_read_are_said_to_be_idle(cifar, loader
     assert texts == ["significance acts with other gates only"]
 
 
+class Targets(Counting):
+    """As torchvision's datasets: the labels can be had without loading an image."""
+
+    @property
+    def targets(self):
+        return self.labels.tolist()
+
+
+@pytest.mark.parametrize("kind", ["arrays", "targets", "tensors"])
+def test_balance_activates_rare_classes_as_often_as_common_ones(cifar, digits, model, kind):
+    images, labels = digits
+    kept = torch.cat([(labels == c).nonzero().flatten()[: 20 if c < 5 else 170] for c in range(10)])
+    images, labels = images[kept], labels[kept]
+    wrapped = {"arrays": lambda i, k: (i, k), "targets": Targets, "tensors": TensorDataset}[kind](
+        images, labels
+    )
+    data = wrapped if kind == "arrays" else DataLoader(wrapped, batch_size=32, shuffle=True)
+    config = {"target_activation": 0.2, "balance": True, "warmup_epochs": 1, "ramp_epochs": 0}
+    trainer = cifar.AdaptiveSparseTrainer(model, data, (images, labels), config, listeners=[])
+    results = trainer.train(epochs=12)
+    assert results["epochs"][5]["activation_rate"] == pytest.approx(0.2, abs=0.01)
+    by_class = torch.zeros(10).index_add(0, labels, trainer.times_activated.float())
+    assert by_class[:5].mean() > 0.5 * by_class[5:].mean(), "by chance it would be an eighth"
+
+
+def test_balance_without_labels_to_go_by_is_refused_in_a_sentence(cifar, digits, loaders, model):
+    train = DataLoader(Counting(*digits), batch_size=32, shuffle=True)
+    with pytest.raises(cifar.BadInput, match=r"balance: .* give arrays or a dataset with `targets`"):
+        cifar.AdaptiveSparseTrainer(model, train, loaders[1], {"balance": True})
+
+
+@pytest.mark.parametrize("gate", ["live", "proxy"])
+def test_balance_is_said_to_be_idle_where_views_are_chosen(cifar, loaders, model, gate):
+    texts = []
+    config = {"gate": gate, "balance": True, "target_activation": 1.0}
+    listeners = [lambda event, data: texts.append(data.get("text")) if event == "notice" else None]
+    cifar.AdaptiveSparseTrainer(model, *loaders, config, listeners=listeners).train(epochs=1)
+    assert "balance acts with the gate remembered only" in texts
+
+
 @pytest.mark.parametrize("gate", ["remembered", "random", "rs2", "live", "proxy", "full"])
 def test_each_gate_holds_its_rate_and_learns(cifar, loaders, model, gate):
     config = cifar.ASTConfig(gate=gate, target_activation=0.4, lr=3e-3)
