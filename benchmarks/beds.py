@@ -146,7 +146,7 @@ BEDS: dict[str, Bed] = {
         settings={"epochs": 30, **RECIPE},
     ),
     "filmed-long": Bed(
-        "1,750 images of four well-separated classes of CIFAR-10, a tenth of them as 20 frames each, "
+        "1,748 images of four well-separated classes of CIFAR-10, a tenth of them as 20 frames each, "
         "slightly moved (made), 60 epochs",
         classes=APART,
         size=1750,

@@ -79,7 +79,8 @@ KINDS: dict[str, Policy] = {
     "curriculum": Policy({}, before_loader(rules.Curriculum)),
     # By chance, every class as often: needs labels, and tells what of AST's lead is owed to balance alone.
     "balanced": Policy({}, lambda config, split, score: rules.Balanced(config, split.labels)),
-    # The same for images that repeat: every scene as often; it must be told which images are frames of one.
+    # The same for images that repeat: every scene as often, as far as it has frames; it must be told which
+    # images are frames of one.
     "distinct": Policy({}, lambda config, split, score: rules.Balanced(config, split.scenes)),
     # Active learning's margin between the two likeliest classes (Scheffer et al. 2001), remembered.
     "margin": Policy({"significance": "margin", "guard": False}),
@@ -121,6 +122,13 @@ def policy(name: str, bed: Bed) -> Policy:
     settings, known = dict(made.settings), {f.name for f in fields(ast.Settings)}
     if unknown := sorted(changes.keys() - known):
         raise SystemExit(f"policy {name}: expected settings of the program, found {', '.join(unknown)}")
+    for key, given in changes.items():
+        if isinstance(getattr(ast.Settings, key), bool) and not isinstance(given, bool):
+            raise SystemExit(f"policy {name}: {key} {given}: expected true or false")
+    if changes.get("balance") and (made.gate or settings.get("gate")):
+        raise SystemExit(
+            f"policy {name}: expected balance with the kit's own gate, as in ast@0.2:balance=true"
+        )
     if kind == "short":
         settings |= {"epochs": math.ceil(float(share or 1) * bed.settings["epochs"] - 0.01)}
     elif share:
@@ -338,7 +346,10 @@ RULES = [
 ]
 NOISY = ["infobatch", "ast@0.2:guard=false"]
 FULL = {
-    "tail": ((0.6, *RATES), [*RULES, "balanced@0.4", "balanced@0.1"]),  # 0.6 is at InfoBatch's cost
+    "tail": (  # 0.6 is at InfoBatch's cost
+        (0.6, *RATES),
+        [*RULES, "balanced@0.4", "balanced@0.1", *(f"ast@{rate}:balance=true" for rate in (0.6, *RATES))],
+    ),
     "filmed": (
         (0.4, 0.2, "0.4:lean"),
         ["distinct@0.2", "distinct@0.4:lean", "balanced@0.2", "infobatch", "shuffled@0.2"],
@@ -352,6 +363,7 @@ FULL = {
 }
 QUICK = {"quick": ((0.2,), RULES)}
 RIVALS = {f"ast@{rate}": f"random@{rate}" for rates, _ in FULL.values() for rate in rates}
+RIVALS |= {f"ast@{rate}:balance=true": f"random@{rate}" for rate in RATES}
 
 
 def paid(bed: Bed, rate: float | str) -> float:

@@ -134,7 +134,7 @@ def chosen(runs: dict[int, dict]) -> str:
     """Shares of wrong labels and of repeats among what the gate activated; nothing where none are, or none
     was chosen."""
     words = ""
-    for key, kind in (("wrong_share", "wrong"), ("repeat_share", "repeats")):
+    for key, kind in (("wrong_share", "wrong"), ("repeat_share", "frames")):
         shares = [share for run in runs.values() if (share := run.get(key)) is not None]
         words += f", {statistics.mean(shares):.0%} of the chosen {kind}" if shares else ""
     return words
@@ -179,10 +179,11 @@ def headline(beds: dict[str, str]) -> str:
         runs = load(bed)
         for rate, name in default_rows(runs) if "full" in runs else ():
             full, infobatch = gap(runs, name, "full"), a_little_dearer(runs, name, "infobatch")
-            rivals = [rival_of(name), f"balanced@{rate}", plain_at_its_cost(runs, name), infobatch]
+            chance = rival_of(name)
+            rivals = [chance, chance.replace("random", "balanced"), plain_at_its_cost(runs, name), infobatch]
             shown = [str((rival and gap(runs, name, rival)) or "-") for rival in rivals]
             rows.append(
-                f"| {words} | {rate.replace(':lean', ', lean')}{OLDER * ('weight' in name)} | "
+                f"| {words} | {rate}{OLDER * ('weight' in name)} | "
                 f"{mean(runs[name], 'accuracy'):.2f} | "
                 f"{' | '.join(shown)} | {full or '-'}{verdict(full)} | "
                 f"{time_saved(runs, name):.0f} %; {100 * (1 - mean(runs[name], 'cost')):.0f} % |"
@@ -191,13 +192,14 @@ def headline(beds: dict[str, str]) -> str:
 
 
 def default_rows(runs: dict) -> list[tuple[str, str]]:
-    """Activation rates, highest first, then those with lean phases, and the policy that is AST there: as it
-    ships, or with γ = ½, the default when the GPU was at hand."""
+    """Activation rates in words, highest first, then those with lean phases or with balance, and the policy
+    that is AST there: as it ships, or with γ = ½, the default when the GPU was at hand."""
     found = {}
     for name in sorted(runs, key=len, reverse=True):
-        if match := re.fullmatch(r"ast@([\d.]+(?::lean)?)(:weight_gamma=0\.5)?", name):
-            found[match[1]] = name
-    return sorted(found.items(), key=lambda item: ("lean" in item[0], -float(item[0].partition(":")[0])))
+        if match := re.fullmatch(r"ast@([\d.]+)(?::(lean|balance=true|weight_gamma=0\.5))?", name):
+            kind = {"lean": ", lean", "balance=true": ", balance"}.get(match[2], "")
+            found[kind, -float(match[1])] = name
+    return [(f"{-rate:g}{kind}", found[kind, rate]) for kind, rate in sorted(found)]
 
 
 def a_little_dearer(runs: dict, policy: str, rival: str) -> str | None:

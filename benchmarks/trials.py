@@ -92,6 +92,15 @@ CHAPTERS: dict[str, list[Trial]] = {
         Trial("turned@0.2:balance=true,weight_gamma=0", "above both"),
         Trial("turned@0.2:balance=true,weight_gamma=0,temperature=1.0", "between that and balance by chance"),
         Trial(
+            "ast@0.2:balance=true,weight_gamma=0",
+            "what ships as `--balance`, a little simpler: as `turned` with balance",
+            ("tail", "ten"),
+        ),
+        *[
+            Trial(f"ast@{rate}:balance=true,weight_gamma=0", "well above AST at that rate")
+            for rate in (0.4, 0.1)
+        ],
+        Trial(
             "turned@0.2:pooled=1",
             "ranked by the class's mean loss: finds rare and hard classes without counting",
             ("tail", "ten"),

@@ -31,7 +31,7 @@ CHAPTERS = {
     ],
     "The method, piece by piece": [
         *("significance", "Memory", "activation_probability", "solve_threshold", "Controller"),
-        *("systematic", "importance_weights", "Schedule", "learning_rate_shape"),
+        *("systematic", "importance_weights", "rank_within", "deal_out", "Schedule", "learning_rate_shape"),
     ],
     "Gates": ["RememberedGate", "LiveGate", "ProxyGate", "Views", "RandomGate"],
     "What it cost": ["Ledger", "EnergyMeter", "flops_per_sample"],
@@ -78,7 +78,7 @@ def signature(thing: object) -> str:
         default = "" if item.default is item.empty else f"={item.default!r}"
         parameters.append(star + item.name + (default if "<" not in default else "=…"))
     text = ", ".join(parameters)
-    return f"({text})" if len(text) < 400 else "(…)"
+    return f"({text})" if len(text) < 450 else "(…)"
 
 
 def api() -> str:

@@ -92,7 +92,14 @@ from matplotlib.figure import Figure
 from PIL import Image  # matplotlib and torchvision bring it
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+)
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as image_functional
@@ -1366,6 +1373,16 @@ def significance(logits: Tensor, labels: Tensor, images: Tensor, kind: str = "lo
     return loss
 
 
+def rank_within(u: Tensor, labels: Tensor) -> Tensor:
+    """The ranks in (0, 1) of u [m] among those of the same label (int64 [m]), float32 [m]."""
+    order = u.argsort()
+    order = order[labels[order].argsort(stable=True)]
+    sizes = labels.bincount()
+    place, ranks = torch.arange(len(u)) - (sizes.cumsum(0) - sizes)[labels[order]], torch.empty(len(u))
+    ranks[order] = (place + 0.5) / sizes[labels[order]]
+    return ranks
+
+
 class Memory:
     """The remembered significance of n samples, and when each was last trained: 9 bytes a sample.
 
@@ -1399,14 +1416,16 @@ class Memory:
         some = some[some.isfinite()]
         return float(some.quantile(self.TOP)) if len(some) else math.inf
 
-    def rank(self, indices: Tensor) -> Tensor:
-        """u in [0, 1]: the share of the memory below each sample's significance, ties counted half."""
+    def rank(self, indices: Tensor, labels: Tensor | None = None) -> Tensor:
+        """u in [0, 1]: the share of the memory below each sample's significance, ties counted half; with
+        labels (int64, as many) its rank among the indices of its own class instead."""
         stride = max(1, len(self.significance) // self.REFERENCE)
         reference = np.sort(self.significance[::stride].numpy())  # many times faster than torch on a CPU
         value = self.significance[indices].numpy()
         below = np.searchsorted(reference, value, side="left")
         upto = np.searchsorted(reference, value, side="right")
         u = torch.from_numpy((below + upto) / (2 * len(reference))).float()
+        u = u if labels is None else rank_within(u, labels)
         return torch.where(self.stuck[indices] >= self.VISITS, 0.5, u) if self.guard else u
 
 
@@ -1575,20 +1594,11 @@ def importance_weights(p: Tensor, gamma: float, target: float) -> Tensor:
 #
 # Rare classes are hard, so a gate that looks for what is hard leans to them, but not far. `balance=True` is
 # for classes that differ in size and matter alike: ranks are taken within a class, and the same number of
-# activations is dealt out so that every class gets as many, as far as it has them.
+# activations is dealt out so that every class gets as many, as far as it has them. Within a class is within
+# its part of the chunk: with so many classes that few are of one, choosing among them comes close to chance.
 
 
 # %% Gates before the loader tags=["shared"]
-def rank_within(u: Tensor, labels: Tensor) -> Tensor:
-    """The ranks in (0, 1) of u [m] among those of the same label (int64 [m]), float32 [m]."""
-    order = u.argsort()
-    order = order[labels[order].argsort(stable=True)]
-    sizes = labels.bincount()
-    place, ranks = torch.arange(len(u)) - (sizes.cumsum(0) - sizes)[labels[order]], torch.empty(len(u))
-    ranks[order] = (place + 0.5) / sizes[labels[order]]
-    return ranks
-
-
 def deal_out(shares: Tensor, count: float) -> Tensor:
     """The multiple of shares [m] (above 0), cut off at 1 each, whose sum is `count`, float32 [m]."""
     largest_first = shares.double().sort(descending=True).values
@@ -1605,10 +1615,11 @@ class RememberedGate:
 
     def __init__(self, config: ASTConfig, n: int, labels: Tensor | None = None):
         """labels: int64 [n] on the CPU, which `config.balance` needs. Raises BadInput without them."""
-        if config.balance and labels is None:
+        if config.balance and (labels is None or labels.shape != (n,) or int(labels.min()) < 0):
+            found = "none" if labels is None else f"{list(labels.shape)}, from {labels.min()} up"
             raise BadInput(
-                "balance: the training data do not tell their labels without being loaded; give arrays or a "
-                "dataset with `targets`, or leave it off"
+                f"balance: labels that can be had without loading an image: {found}; expected {n} of 0 or "
+                "more; give arrays or a dataset with such `targets`, or leave it off"
             )
         self.config = config
         self.labels = labels
@@ -1624,10 +1635,8 @@ class RememberedGate:
     def select(self, candidates: Tensor, target: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Activates target·m of the m candidates (int64 [m]), rounded; weights have mean 1."""
         m = len(candidates)
-        u, balance = self.memory.rank(candidates), self.config.balance
-        if balance:
-            labels = self.labels[candidates]
-            u = rank_within(u, labels)
+        labels = self.labels[candidates] if self.config.balance else None
+        u = self.memory.rank(candidates, labels)
         overdue = self.overdue(candidates, target)
         waiting = u[~overdue]
         temperature = self.config.temperature
@@ -1635,7 +1644,7 @@ class RememberedGate:
         slope = threshold_slope(waiting, solved, target, temperature)
         threshold = self.controller.threshold(solved, slope)
         p = activation_probability(u, threshold, target, temperature)
-        if balance:
+        if labels is not None:
             p[~overdue] = deal_out((p / self.sizes[labels])[~overdue], float(p[~overdue].sum()))
         taken, self.phase = systematic(torch.where(overdue, 1.0, p), self.phase)
         self.controller.update(len(taken), m, target, exact=self.config.feedforward)
@@ -1646,7 +1655,7 @@ class RememberedGate:
         """Mask of the samples that waited 2/a epochs or more: the oldest, at most half of what is activated.
 
         Without that cap, a raised target would make most samples overdue at once. With `balance` a class has
-        as much longer as it is larger than the others.
+        as much longer as it is larger than the average one.
         """
         wait = self.clock - self.memory.visited[candidates]
         if self.config.balance:
@@ -2305,11 +2314,13 @@ class DatasetSource:
 
     @property
     def labels(self) -> Tensor | None:
-        """What the dataset tells without loading images: `targets`, as torchvision's have, or the last of its
-        `tensors`; None without either."""
+        """What the dataset tells without loading images: `targets`, as torchvision's have, or a
+        TensorDataset's; None without either, and where a `target_transform` changes them."""
         data = self.loader.dataset
-        targets = getattr(data, "targets", getattr(data, "tensors", [None])[-1])
-        return None if targets is None else torch.as_tensor(targets).long()
+        targets = data.tensors[-1] if isinstance(data, TensorDataset) else getattr(data, "targets", None)
+        changed = getattr(data, "target_transform", None) is not None
+        values = np.asarray(None if changed else targets)
+        return torch.from_numpy(values).long() if values.dtype.kind in "iu" else None
 
     def stream(self, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """As `Source.stream`; asks the dataset for these indices and no others."""
@@ -2776,9 +2787,8 @@ class AdaptiveSparseTrainer:
     def _make_gate(self, name: str) -> object:
         if name == "remembered":
             labels = getattr(self.train_source, "labels", None) if self.config.balance else None
-            return RememberedGate(
-                self.config, len(self.train_source), None if labels is None else labels.cpu()
-            )
+            labels = None if labels is None else torch.as_tensor(labels).cpu()
+            return RememberedGate(self.config, len(self.train_source), labels)
         if name == "proxy":
             return ProxyGate(self.config, self._make_proxy, self._charge_proxy, self._proxy_precision)
         return LiveGate(self.config, self.score) if name == "live" else RandomGate()
@@ -2961,14 +2971,14 @@ class AdaptiveSparseTrainer:
     def _change_gate(self) -> None:
         name = self.controls.values["gate"] or self.gate_name
         if self.learned and name != self.gate_name:
-            if name == "live" and self.config.score_scale < 1:
-                try:
+            try:
+                if name == "live" and self.config.score_scale < 1:
                     self.refuse_scale(next(self.val_source.in_order())[0])
-                except BadInput as error:
-                    self.controls.values["gate"] = None
-                    return self.emit("notice", text=f"gate live not taken: {error}")
-            if name not in self.gates:
-                self.gates[name] = self._make_gate(name)
+                if name not in self.gates:
+                    self.gates[name] = self._make_gate(name)
+            except BadInput as error:
+                self.controls.values["gate"] = None
+                return self.emit("notice", text=f"gate {name} not taken: {error}")
             self.gate_name = name
             if controller := getattr(self.gate, "controller", None):
                 controller.lost = 0  # what others lost meanwhile is not its disturbance

@@ -79,6 +79,12 @@ def test_filmed_images_come_as_often_as_said_and_look_alike(data):
             for x in range(-2, 3)
         ]
         assert min(away) <= 0.1 * 255 + 1  # the image itself, moved and lit otherwise: noise is nowhere near
+    moved = [
+        frame
+        for frame, scene in zip(split.images[100:], split.scenes[100:].tolist(), strict=True)
+        if not np.array_equal(frame, plain.images[scene])
+    ]
+    assert len(moved) > 0.9 * 190
     assert np.array_equal(split.images, bed.split(data, held_out=False).images)
 
 

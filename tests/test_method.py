@@ -218,16 +218,18 @@ def test_dealing_out_meets_the_count_and_keeps_proportions(cifar, shares, share_
     assert float(p.double().sum()) == pytest.approx(count, rel=1e-5, abs=1e-5)
     assert float(p.min()) >= 0
     assert float(p.max()) <= 1
+    assert (p[shares.argsort()].diff() >= 0).all(), "a larger share is dealt no less"
     free = p < 1
     if free.any():
         factor = p[free].double() / shares[free].double()
         assert torch.allclose(factor, factor[0].expand(len(factor)), rtol=1e-4, atol=1e-12)
 
 
-@given(labels=st.lists(st.integers(0, 5), min_size=1, max_size=60))
-def test_ranks_within_a_class_fill_it_evenly_and_keep_its_order(cifar, labels):
+@given(labels=st.lists(st.integers(0, 5), min_size=1, max_size=60), seed=st.integers(0, 99))
+def test_ranks_within_a_class_fill_it_evenly_and_keep_its_order(cifar, labels, seed):
     labels = torch.tensor(labels)
-    u = torch.linspace(0, 1, len(labels))[torch.randperm(len(labels))]
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    u = torch.linspace(0, 1, len(labels))[order]
     ranks = cifar.rank_within(u, labels)
     for label in labels.unique():
         own = labels == label
@@ -256,16 +258,42 @@ def test_balance_activates_as_many_of_every_class_the_significant_first(cifar, g
     assert count[common & (loss > 0.8)].mean() > 2 * count[common & (loss < 0.2)].mean()
 
 
-def test_balance_changes_nothing_that_the_controller_holds(cifar, generator):
-    labels, loss = torch.arange(2000) % 7 // 3, torch.rand(2000, generator=generator)
-    gates = []
-    for balance in (False, True):
-        gate = cifar.RememberedGate(cifar.ASTConfig(balance=balance), 2000, labels)
-        gate.observe(torch.arange(2000), loss)
-        gates.append(gate)
-    for candidates in torch.randperm(2000, generator=generator).chunk(20):
-        counts = {len(gate.select(candidates, 0.3, generator)[0]) for gate in gates}
-        assert counts == {30}
+def test_balance_leaves_the_rate_to_the_controller_also_where_samples_are_lost(cifar, generator):
+    labels, loss = torch.arange(4000) % 7 // 3, torch.rand(4000, generator=generator)
+    gate = cifar.RememberedGate(cifar.ASTConfig(balance=True), 4000, labels)
+    gate.observe(torch.arange(4000), loss)
+    kept = []
+    for epoch in range(12):
+        for candidates in torch.randperm(4000, generator=generator).chunk(20):
+            indices, _ = gate.select(candidates, 0.3, generator)
+            lost = torch.rand(len(indices), generator=generator) < 0.1
+            gate.observe(indices, torch.where(lost, math.nan, loss[indices]))
+            kept += [float((~lost).sum()) / len(candidates)] * (epoch >= 4)
+    assert sum(kept) / len(kept) == pytest.approx(0.3, abs=0.01)
+
+
+def test_the_guard_holds_within_easy_and_hard_classes_alike(cifar, generator):
+    labels = torch.arange(4000) % 4
+    wrong = torch.rand(4000, generator=generator) < 0.05
+    level = torch.tensor([0.1, 0.3, 0.6, 1.0])[labels]
+    gate = cifar.RememberedGate(cifar.ASTConfig(balance=True), 4000, labels)
+    for _ in range(4):
+        losses = torch.where(wrong, 3.0, level * (1 + 0.2 * torch.rand(4000, generator=generator)))
+        gate.observe(torch.arange(4000), losses)
+    chosen = torch.zeros(4000)
+    for candidates in torch.randperm(4000, generator=generator).chunk(4):
+        chosen[gate.select(candidates, 0.2, generator)[0]] = 1
+    assert (gate.memory.rank(wrong.nonzero().flatten(), labels[wrong]) == 0.5).all()
+    for label in range(2):  # of the easy classes all wrong ones are guarded, and none of the right ones
+        own = labels == label
+        assert chosen[own & wrong].mean() < 1.6 * chosen[own & ~wrong].mean()
+
+
+@pytest.mark.parametrize("labels", [None, torch.zeros(9), torch.zeros(10, 2), torch.arange(10) - 1])
+def test_balance_refuses_labels_that_cannot_be_the_samples(cifar, labels):
+    labels = labels if labels is None else labels.long()
+    with pytest.raises(cifar.BadInput, match="expected 10 of 0 or more"):
+        cifar.RememberedGate(cifar.ASTConfig(balance=True), 10, labels)
 
 
 @pytest.mark.parametrize("guard", [True, False])

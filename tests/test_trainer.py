@@ -284,8 +284,41 @@ def test_balance_activates_rare_classes_as_often_as_common_ones(cifar, digits, m
 
 def test_balance_without_labels_to_go_by_is_refused_in_a_sentence(cifar, digits, loaders, model):
     train = DataLoader(Counting(*digits), batch_size=32, shuffle=True)
-    with pytest.raises(cifar.BadInput, match=r"balance: .* give arrays or a dataset with `targets`"):
+    with pytest.raises(cifar.BadInput, match="image: none; expected 1797 of 0 or more; give arrays"):
         cifar.AdaptiveSparseTrainer(model, train, loaders[1], {"balance": True})
+
+
+@pytest.mark.parametrize("targets", [["cat"] * 1797, {"a": 1}, None])
+def test_targets_that_are_no_classes_are_no_labels_to_balance(cifar, digits, loaders, model, targets):
+    data = Counting(*digits)
+    data.targets = targets
+    with pytest.raises(cifar.BadInput, match="without loading an image: none; expected 1797"):
+        cifar.AdaptiveSparseTrainer(
+            model, DataLoader(data, batch_size=32, shuffle=True), loaders[1], {"balance": True}
+        )
+
+
+def test_labels_that_a_dataset_changes_are_not_balanced_by(cifar, digits, loaders, model):
+    data = Targets(*digits)
+    data.target_transform = lambda label: label // 5
+    with pytest.raises(cifar.BadInput, match="balance"):
+        cifar.AdaptiveSparseTrainer(
+            model, DataLoader(data, batch_size=32, shuffle=True), loaders[1], {"balance": True}
+        )
+
+
+def test_choosing_a_gate_that_cannot_be_made_is_told_and_changes_nothing(cifar, digits, loaders, model):
+    texts, controls = [], cifar.Controls()
+    controls.values["gate"] = "remembered"
+    data = DataLoader(Counting(*digits), batch_size=32, shuffle=True)
+    config = {"gate": "live", "balance": True}
+    listeners = [lambda event, data: texts.append(data.get("text")) if event == "notice" else None]
+    trainer = cifar.AdaptiveSparseTrainer(
+        model, data, loaders[1], config, listeners=listeners, controls=controls
+    )
+    trainer.train(epochs=3)
+    assert any(str(text).startswith("gate remembered not taken: balance: ") for text in texts)
+    assert trainer.gate_name == "live"
 
 
 @pytest.mark.parametrize("gate", ["live", "proxy"])
