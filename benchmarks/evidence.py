@@ -305,13 +305,16 @@ def frontier(axis: Axes, runs: dict) -> None:
 def name_points(axis: Axes, points: dict[str, tuple[float, float]]) -> None:
     """A name beside each point; where two would lie on each other, the upper one moves up."""
     axis.figure.draw_without_rendering()  # the scale is settled only then
-    taken: list[np.ndarray] = []  # points of a printer, 1/72 inch
+    taken: list[tuple[np.ndarray, int]] = []  # points of a printer, 1/72 inch; length of the name
     for name, point in sorted(points.items(), key=lambda item: item[1][1]):
         anchor = axis.transData.transform(point) * 72 / axis.figure.dpi
         at = anchor + np.array([4, -6])
-        while any(abs(at[0] - other[0]) < 4 * len(name) and abs(at[1] - other[1]) < 7 for other in taken):
+        while any(
+            -4 * length < other[0] - at[0] < 4 * len(name) and abs(at[1] - other[1]) < 7
+            for other, length in taken
+        ):
             at[1] += 1
-        taken.append(at)
+        taken.append((at, len(name)))
         axis.annotate(
             name, point, fontsize=6, color=colour(name), xytext=at - anchor, textcoords="offset points"
         )

@@ -24,7 +24,9 @@ class Shuffled(ast.RememberedGate):
         super().__init__(config, n)
         generator = torch.Generator().manual_seed(n)
         rank = self.memory.rank
-        self.memory.rank = lambda indices: rank(indices)[torch.randperm(len(indices), generator=generator)]
+        self.memory.rank = lambda indices, labels: rank(indices, labels)[
+            torch.randperm(len(indices), generator=generator)
+        ]
 
 
 class InfoBatch(ast.RememberedGate):
