@@ -249,6 +249,27 @@ def test_natural_accuracy_counts_each_class_as_often_as_training_does(data):
 # --- runs and their files ---
 
 
+@pytest.mark.parametrize(
+    "name", ["infobatch:balance=true", "random@0.2:balance=true", "live@0.2:balance=true", "ast@0.2:balance"]
+)
+def test_balance_is_refused_before_training_where_it_would_do_nothing(name):
+    with pytest.raises(SystemExit, match=rf"policy {name}: "):
+        compare.policy(name, beds.BEDS["four"])
+    assert compare.policy("ast@0.2:balance=true", beds.BEDS["four"]).settings["balance"] is True
+
+
+def test_the_headline_has_a_row_a_rate_and_one_for_lean_phases_and_balance():
+    names = ["ast@0.1", "ast@0.2:weight_gamma=0.5", "ast@0.2", "ast@0.4:lean", "ast@0.4:balance=true"]
+    others = ["ast@0.2:temperature=0.1", "ast@0.4:balance", "random@0.4", "full", "ast@0.6:weight_gamma=0.5"]
+    assert evidence.default_rows(dict.fromkeys(names + others)) == [
+        ("0.6", "ast@0.6:weight_gamma=0.5"),
+        ("0.2", "ast@0.2"),
+        ("0.1", "ast@0.1"),
+        ("0.4, balance", "ast@0.4:balance=true"),
+        ("0.4, lean", "ast@0.4:lean"),
+    ]
+
+
 @pytest.fixture
 def tiny(monkeypatch, tmp_path, data):
     """A bed of two epochs, and results that go into a temporary folder."""
