@@ -40,6 +40,11 @@ def model():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 10))
 
 
+def noticed(texts):
+    """Listeners that add each notice to `texts`."""
+    return [lambda event, data: texts.append(data["text"]) if event == "notice" else None]
+
+
 class Counting(Dataset):
     """Counts how often each sample is read; `broken` ones raise what PIL raises."""
 
@@ -252,8 +257,7 @@ def test_a_model_that_the_proxy_cannot_serve_is_refused_in_a_sentence(cifar):
 def test_settings_that_the_proxy_does_not_read_are_said_to_be_idle(cifar, loaders, model):
     texts = []
     config = {"gate": "proxy", "significance": "margin", "target_activation": 1.0}
-    listeners = [lambda event, data: texts.append(data.get("text")) if event == "notice" else None]
-    cifar.AdaptiveSparseTrainer(model, *loaders, config, listeners=listeners).train(epochs=1)
+    cifar.AdaptiveSparseTrainer(model, *loaders, config, listeners=noticed(texts)).train(epochs=1)
     assert texts == ["significance acts with other gates only"]
 
 
@@ -312,9 +316,8 @@ def test_choosing_a_gate_that_cannot_be_made_is_told_and_changes_nothing(cifar, 
     controls.values["gate"] = "remembered"
     data = DataLoader(Counting(*digits), batch_size=32, shuffle=True)
     config = {"gate": "live", "balance": True}
-    listeners = [lambda event, data: texts.append(data.get("text")) if event == "notice" else None]
     trainer = cifar.AdaptiveSparseTrainer(
-        model, data, loaders[1], config, listeners=listeners, controls=controls
+        model, data, loaders[1], config, listeners=noticed(texts), controls=controls
     )
     trainer.train(epochs=3)
     assert any(str(text).startswith("gate remembered not taken: balance: ") for text in texts)
@@ -325,8 +328,7 @@ def test_choosing_a_gate_that_cannot_be_made_is_told_and_changes_nothing(cifar, 
 def test_balance_is_said_to_be_idle_where_views_are_chosen(cifar, loaders, model, gate):
     texts = []
     config = {"gate": gate, "balance": True, "target_activation": 1.0}
-    listeners = [lambda event, data: texts.append(data.get("text")) if event == "notice" else None]
-    cifar.AdaptiveSparseTrainer(model, *loaders, config, listeners=listeners).train(epochs=1)
+    cifar.AdaptiveSparseTrainer(model, *loaders, config, listeners=noticed(texts)).train(epochs=1)
     assert "balance acts with the gate remembered only" in texts
 
 
