@@ -104,6 +104,7 @@ def film(split: Split, share: float, generator: torch.Generator) -> Split:
 
 # Tuned for plain training on held-out images, also for `short` (docs/search.md); for all policies alike.
 RECIPE = {"label_smoothing": 0.0, "lr": 0.1, "batch_size": 32, "weight_decay": 4e-4}
+ON_GPU = {"device": "cuda", "model": "resnet", "batch_size": 512, "lr": 0.56}
 APART = (1, 6, 7, 8)  # automobile, frog, horse, ship
 BEDS: dict[str, Bed] = {
     "four": Bed(
@@ -161,9 +162,26 @@ BEDS: dict[str, Bed] = {
     "whole": Bed(
         "all of CIFAR-10, the program's `resnet` and its own recipe, 20 epochs, on a GPU",
         shipped=True,
-        settings={"device": "cuda", "model": "resnet", "epochs": 20, "batch_size": 512, "lr": 0.56},
+        settings={"epochs": 20, **ON_GPU},
+    ),
+    "whole-long": Bed(
+        "all of CIFAR-10, the program's `resnet` and its own recipe, 60 epochs, on a GPU",
+        shipped=True,
+        settings={"epochs": 60, **ON_GPU},
+    ),
+    "whole-tail": Bed(
+        "CIFAR-10 with a long tail (20 to 1), the program's `resnet` and its own recipe, 40 epochs, on a GPU",
+        tail=1 / 20,
+        shipped=True,
+        settings={"epochs": 40, **ON_GPU, "batch_size": 128, "lr": 0.14},
     ),
 }
+BEDS["whole-alone"] = replace(BEDS["whole"], what=f"{BEDS['whole'].what}, one run at a time")
+for name in ("two-long", "long"):
+    on_cpu = BEDS[name]
+    BEDS[f"{name}-gpu"] = replace(
+        on_cpu, what=f"{on_cpu.what}, on a GPU", settings={**on_cpu.settings, "device": "cuda"}
+    )
 BEDS["shapes"] = Bed(
     "shapes, synthetic images of which 5 % are mislabelled, 16 epochs",
     data="shapes",
