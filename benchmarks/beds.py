@@ -139,6 +139,7 @@ BEDS: dict[str, Bed] = {
         pretrained=True,
         settings={"epochs": 16, **RECIPE, "lr": 0.05},
     ),
+    "all": Bed("all of CIFAR-10, 16 epochs", settings={"epochs": 16, **RECIPE}),
     "ten": Bed("10,000 images of CIFAR-10, 30 epochs", size=10_000, settings={"epochs": 30, **RECIPE}),
     "filmed": Bed(
         "3,500 images of CIFAR-10, a tenth of them as 20 frames each, slightly moved (made), 30 epochs",

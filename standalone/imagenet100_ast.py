@@ -2230,13 +2230,13 @@ def systematic(p: Tensor, phase: float) -> tuple[Tensor, float]:
 
     Systematic sampling (Madow 1949). Over several calls the total count is Σp, rounded down or up.
     """
-    grid = (
-        2.0**32
-    )  # sums of these fractions are exact in float64, so a rounding error never takes one too many
-    edges = phase + torch.cumsum((p.double() * grid).round() / grid, 0)
-    whole_before = torch.cat([torch.zeros(1, dtype=torch.float64), edges[:-1].floor()])
-    taken = (edges.floor() > whole_before).nonzero().flatten()
-    return taken, float(edges[-1]) % 1.0 if len(p) else phase
+    # numpy: torch would wake every core to round a few thousand numbers, which takes milliseconds. Sums of
+    # these fractions are exact in float64, so that a rounding error never takes one too many.
+    grid = 2.0**32
+    edges = phase + np.cumsum(np.round(p.double().numpy() * grid) / grid)
+    whole = np.floor(edges)
+    taken = np.flatnonzero(whole > np.concatenate([[0.0], whole[:-1]]))
+    return torch.from_numpy(taken), float(edges[-1]) % 1.0 if len(p) else phase
 
 
 def importance_weights(p: Tensor, gamma: float, target: float) -> Tensor:

@@ -648,7 +648,7 @@ def test_a_network_from_another_library_trains(imagenet):
     trainer = imagenet.AdaptiveSparseTrainer(
         model,
         *imagenet.sources(settings, data, torch.device("cpu")),
-        {"target_activation": 0.4, "amp": "off", "batch_size": 16},
+        {"target_activation": 0.4, "amp": "off", "batch_size": 16, "device": "cpu"},
         torch.optim.AdamW(model.parameters(), lr=2e-3),
         listeners=[],
     )

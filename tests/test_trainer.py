@@ -258,6 +258,7 @@ def test_settings_that_the_proxy_does_not_read_are_said_to_be_idle(cifar, loader
     texts = []
     config = {"gate": "proxy", "significance": "margin", "target_activation": 1.0}
     cifar.AdaptiveSparseTrainer(model, *loaders, config, listeners=noticed(texts)).train(epochs=1)
+    texts = [text for text in texts if "waited for data" not in text]  # which a busy machine adds
     assert texts == ["significance acts with other gates only"]
 
 
