@@ -22,8 +22,7 @@ ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "benchmarks" / "results" / "compare"
 MARGIN = 0.3  # points below full's accuracy that still count as not inferior; fixed before any run
 NOTHING = "Not measured yet."
-PICTURED = ("tail", "filmed", "ten", "two-long", "long", "whole")
-OLDER = ", γ = ½"  # said of a row made with weights that are no longer the default
+PICTURED = ("whole", "all", "tail", "filmed", "ten", "two-long", "long")
 FAR = 2.5  # times the next shorter length of plain training: too far to interpolate
 PHASES = "lean warmup_epochs ramp_epochs anneal_epochs".split()
 RECIPE = "epochs batch_size lr weight_decay label_smoothing clip_norm ema".split()  # both act on chance too
@@ -125,7 +124,7 @@ def table(bed: str, judged: str = "test", results: Path = RUNS) -> str:
             f"| {name} | {len(own)} | {statistics.mean(accuracies):.2f}{width} | "
             f"{mean(own, 'worst_class'):.1f} | {against or '-'} | {full or '-'}{verdict(full)} | "
             f"{mean(own, 'activation_rate'):.3f}{chosen(own)} | {mean(own, 'cost'):.3f} | "
-            f"{mean(own, 'train_seconds'):.0f} | {mean(own, 'total_seconds'):.0f} | {joules(own)} |"
+            f"{seconds(own, 'train_seconds')} | {seconds(own, 'total_seconds')} | {joules(own)} |"
         )
     return "\n".join(rows)
 
@@ -183,20 +182,19 @@ def headline(beds: dict[str, str]) -> str:
             rivals = [chance, chance.replace("random", "balanced"), plain_at_its_cost(runs, name), infobatch]
             shown = [str((rival and gap(runs, name, rival)) or "-") for rival in rivals]
             rows.append(
-                f"| {words} | {rate}{OLDER * ('weight' in name)} | "
-                f"{mean(runs[name], 'accuracy'):.2f} | "
+                f"| {words} | {rate} | {mean(runs[name], 'accuracy'):.2f} | "
                 f"{' | '.join(shown)} | {full or '-'}{verdict(full)} | "
-                f"{time_saved(runs, name):.0f} %; {100 * (1 - mean(runs[name], 'cost')):.0f} % |"
+                f"{time_saved(runs, name)}; {100 * (1 - mean(runs[name], 'cost')):.0f} % |"
             )
     return "\n".join(rows) if len(rows) > 2 else NOTHING
 
 
 def default_rows(runs: dict) -> list[tuple[str, str]]:
-    """Activation rates in words, highest first, then those with lean phases or with balance, and the policy
-    that is AST there: as it ships, or with γ = ½, the default when the GPU was at hand."""
+    """Activation rates in words, highest first, then those with balance or lean phases, and the policy that
+    is AST there."""
     found = {}
     for name in sorted(runs, key=len, reverse=True):
-        if match := re.fullmatch(r"ast@([\d.]+)(?::(lean|balance=true|weight_gamma=0\.5))?", name):
+        if match := re.fullmatch(r"ast@([\d.]+)(?::(lean|balance=true))?", name):
             kind = {"lean": ", lean", "balance=true": ", balance"}.get(match[2], "")
             found[kind, -float(match[1])] = name
     return [(f"{-rate:g}{kind}", found[kind, rate]) for kind, rate in sorted(found)]
@@ -210,12 +208,25 @@ def a_little_dearer(runs: dict, policy: str, rival: str) -> str | None:
     return rival if 1 - 1e-6 <= times <= 4 / 3 else None
 
 
-def time_saved(runs: dict, policy: str) -> float:
-    """Training seconds saved against full training, percent, over the seeds that both have on one device."""
+def time_saved(runs: dict, policy: str) -> str:
+    """Training seconds saved against full training, over the seeds that both have on one device; a dash
+    where there are none."""
     shared = runs[policy].keys() & runs["full"].keys()
     shared = [s for s in shared if runs[policy][s].get("device") == runs["full"][s].get("device")]
+    if not shared or crowded(runs[policy]) or crowded(runs["full"]):
+        return "-"
     ours, full = (sum(runs[name][seed]["train_seconds"] for seed in shared) for name in (policy, "full"))
-    return 100 * (1 - ours / full) if shared else math.nan
+    return f"{100 * (1 - ours / full):.0f} %"
+
+
+def crowded(runs: dict[int, dict]) -> bool:
+    """Whether runs shared a GPU, so that their seconds say nothing."""
+    return any("side_by_side" in run for run in runs.values())
+
+
+def seconds(runs: dict[int, dict], key: str) -> str:
+    """Mean seconds; a dash where the runs shared a GPU."""
+    return "-" if crowded(runs) else f"{mean(runs, key):.0f}"
 
 
 def verdict(full: Gap | None) -> str:
@@ -287,16 +298,20 @@ def colour(policy: str) -> str:
 
 
 def frontier(axis: Axes, runs: dict) -> None:
-    """Accuracy against training seconds, with 95 % intervals; plain training as a line."""
-    points = {}
+    """Accuracy against training seconds, with 95 % intervals; plain training as a line. Where seconds say
+    nothing, against FLOPs."""
+    shared = any(crowded(own) for own in runs.values())
+    key, points = "cost" if shared else "train_seconds", {}
     for name, own in runs.items():
         accuracies = [run["accuracy"] for run in own.values()]
         width = half_width(accuracies) if len(own) > 1 else 0
-        points[name] = mean(own, "train_seconds"), statistics.mean(accuracies)
+        points[name] = mean(own, key), statistics.mean(accuracies)
         axis.errorbar(*points[name], yerr=width, fmt="o", ms=4, color=colour(name), lw=1)
-    line = sorted((mean(own, "train_seconds"), mean(own, "accuracy")) for own in plain(runs))
+    line = sorted((mean(own, key), mean(own, "accuracy")) for own in plain(runs))
     axis.plot(*zip(*line, strict=True), color="k", lw=0.8, ls=":")
-    axis.set_xlabel("training seconds, scoring included")
+    axis.set_xlabel(
+        "FLOPs ÷ full training's, scoring included" if shared else "training seconds, scoring included"
+    )
     axis.set_ylabel("accuracy, %")
     axis.grid(alpha=0.2)
     name_points(axis, points)
@@ -348,10 +363,8 @@ def trial_table(trials: list, default: str) -> str:
             wrong = [run["wrong_share"] for run in runs[trial.run].values()]
             came = str(found or "the default itself")
             came += "" if wrong[0] is None else f"; {statistics.mean(wrong):.0%} wrong in gated epochs"
-            cost, seconds = mean(runs[trial.run], "cost"), mean(runs[trial.run], "train_seconds")
-            rows.append(
-                f"| `{trial.policy}` | {trial.expected} | {bed} | {came} | {cost:.3f} | {seconds:.0f} |"
-            )
+            cost, took = mean(runs[trial.run], "cost"), seconds(runs[trial.run], "train_seconds")
+            rows.append(f"| `{trial.policy}` | {trial.expected} | {bed} | {came} | {cost:.3f} | {took} |")
     return "\n".join(rows) if len(rows) > 2 else NOTHING
 
 
