@@ -281,6 +281,17 @@ def saving_at_equal_accuracy(runs: dict, policy: str) -> float | None:
     return 100 * (1 - mean(runs[policy], "cost") / float(np.interp(accuracy, accuracies, costs)))
 
 
+def saving_by_seed(runs: dict, policy: str) -> Gap | None:
+    """The mean saving at equal accuracy, percent, each seed beside its own plain training, and half its 95 %
+    interval; None where a seed lies outside plain training's range."""
+    needed = [policy, *(name for name in runs if is_plain(name))]
+    shared = set.intersection(*(set(runs[name]) for name in needed))
+    each = [saving_at_equal_accuracy({n: {s: runs[n][s]} for n in needed}, policy) for s in sorted(shared)]
+    if not each or None in each:
+        return None
+    return Gap(statistics.mean(each), half_width(each), len(each))
+
+
 def plain(runs: dict) -> list[dict[int, dict]]:
     """Runs of plain training, whole and cut short, on the bed's own recipe."""
     return [own for name, own in runs.items() if is_plain(name)]

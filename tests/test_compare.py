@@ -602,6 +602,15 @@ def test_overshoot_is_what_lies_beyond_the_target():
     assert found["overshoot"] == pytest.approx(0.05)
 
 
+def test_savings_are_taken_seed_by_seed_beside_the_same_seeds_plain_training():
+    runs = {"full": of([90.0, 92.0], 1.0), "short@0.5": of([80.0, 82.0], 0.5), "ast": of([85.0, 87.0], 0.6)}
+    assert str(evidence.saving_by_seed(runs, "ast")) == "+20.00 ± 0.00 (2)"
+    runs["ast"][1]["accuracy"] = 93.0
+    assert evidence.saving_by_seed(runs, "ast") is None, "outside what plain training reaches"
+    runs["ast"][1]["accuracy"] = 84.5
+    assert evidence.saving_by_seed(runs, "ast").half > 10
+
+
 def test_the_time_to_a_share_of_fulls_accuracy_needs_every_seed():
     runs = {"full": of([90.0, 90.0]), "ast": of([90.0, 90.0], curve=[(1.0, 80.0), (2.0, 89.5)])}
     assert evidence.seconds_to(runs, "ast", 0.9) == 2.0
