@@ -23,6 +23,7 @@ RUNS = ROOT / "benchmarks" / "results" / "compare"
 MARGIN = 0.3  # points below full's accuracy that still count as not inferior; fixed before any run
 NOTHING = "Not measured yet."
 PICTURED = ("whole", "all", "tail", "filmed", "ten", "two-long", "long")
+WORTH_A_LINE = 3  # seeds that a row of the headline has at least
 FAR = 2.5  # times the next shorter length of plain training: too far to interpolate
 PHASES = "lean warmup_epochs ramp_epochs anneal_epochs".split()
 RECIPE = "epochs batch_size lr weight_decay label_smoothing clip_norm ema".split()  # both act on chance too
@@ -168,7 +169,8 @@ def joules(runs: dict[int, dict]) -> str:
 
 
 def headline(beds: dict[str, str]) -> str:
-    """AST against its rivals at each rate, a row a bed and rate; `beds` names each bed in words."""
+    """AST against its rivals at each rate, a row a bed and rate that has the seeds; `beds` names each bed in
+    words."""
     rows = [
         "| trained on | a | AST, % | minus `random` | minus `balanced` | minus `short`, up to ⅛ dearer | "
         "minus `infobatch`, up to ⅓ dearer | minus `full` | saved: training time; FLOPs |",
@@ -178,6 +180,8 @@ def headline(beds: dict[str, str]) -> str:
         runs = load(bed)
         for rate, name in default_rows(runs) if "full" in runs else ():
             full, infobatch = gap(runs, name, "full"), a_little_dearer(runs, name, "infobatch")
+            if not full or full.seeds < WORTH_A_LINE:
+                continue
             chance = rival_of(name)
             rivals = [chance, chance.replace("random", "balanced"), plain_at_its_cost(runs, name), infobatch]
             shown = [str((rival and gap(runs, name, rival)) or "-") for rival in rivals]
