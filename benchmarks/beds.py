@@ -1,4 +1,5 @@
-"""The test beds of `compare.py`: which images, which model, how long. All but `whole` suit two cores.
+"""The test beds of `compare.py`: which images, which model, how long. Two cores will do, but for those whose
+device is a GPU.
 
 A bed is trained on CIFAR-10 images. While a rule is searched for, 5,000 of the training images are held out
 and judge it; the test images are seen by the headline rows only.

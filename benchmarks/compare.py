@@ -267,7 +267,16 @@ def digest(*files: Path) -> str:
 class Comparison:
     """The runs of one bed, each a file below `results`."""
 
-    def __init__(self, bed: str, data: ast.ImageData, held_out: bool, results: Path | None = None):
+    def __init__(
+        self,
+        bed: str,
+        data: ast.ImageData,
+        held_out: bool,
+        results: Path | None = None,
+        side_by_side: int = 1,
+    ):
+        """side_by_side: how many such processes share the GPU, so that seconds and joules are nobody's."""
+        self.side_by_side = side_by_side
         self.name, self.bed, self.held_out, self.warned = bed, BEDS[bed], held_out, False
         self.results = results or RESULTS
         self.split = self.bed.split(data, held_out)
@@ -286,8 +295,10 @@ class Comparison:
             "seed": seed,
             "judged_on": "held-out training images" if self.held_out else "test images",
             **measure(self.bed, policy(name, self.bed), seed, self.split, not self.held_out),
+            **(self.shared() if self.side_by_side > 1 else {}),
             "command": f"python benchmarks/compare.py --bed {self.name} --policies {name} --seeds {seed}"
-            + (" --held-out" if self.held_out else ""),
+            + (" --held-out" if self.held_out else "")
+            + (f" --side-by-side {self.side_by_side}" if self.side_by_side > 1 else ""),
             "program": self.program,  # the shipped file's hash
             "ground": self.ground,  # that of beds, network, rules and this file
             "torch": torch.__version__,
@@ -300,6 +311,14 @@ class Comparison:
             flush=True,
         )
         return found
+
+    def shared(self) -> dict:
+        """What a run keeps instead, where others shared the GPU with it."""
+        return {
+            "joules": None,
+            "joules_method": "unavailable (other runs shared the GPU)",
+            "side_by_side": self.side_by_side,
+        }
 
     def told(self, found: dict) -> dict:
         """A kept result; says so, once, where other code made it."""
@@ -350,7 +369,7 @@ BALANCE += [f"ast@{rate}:balance=true" for rate in (0.6, *RATES)]
 FULL = {
     "tail": (  # 0.6 is at InfoBatch's cost
         (0.6, *RATES),
-        [*RULES, *BALANCE[1:]],
+        [*dict.fromkeys([*RULES, *BALANCE])],
     ),
     "filmed": (
         (0.4, 0.2, "0.4:lean"),
@@ -364,7 +383,7 @@ FULL = {
     "all": ((0.2, "0.1:lean"), []),
     # Where there is a GPU; 0.57 is at InfoBatch's cost. Times are taken on `whole-alone`.
     "whole": ((0.57, 0.4, 0.2), ["infobatch", "shuffled@0.2"]),
-    "whole-alone": ((0.4, 0.2), []),
+    "whole-alone": ((0.57, 0.4, 0.2), []),
     "whole-long": ((0.2,), []),
     "whole-tail": (
         (0.6, *RATES),
@@ -375,7 +394,7 @@ FULL = {
 }
 QUICK = {"quick": ((0.2,), RULES)}
 RIVALS = {f"ast@{rate}": f"random@{rate}" for rates, _ in FULL.values() for rate in rates}
-RIVALS |= {f"ast@{rate}:balance=true": f"random@{rate}" for rate in RATES}
+RIVALS |= {f"ast@{rate}:balance=true": f"random@{rate}" for rate in (0.6, *RATES)}
 
 
 def paid(bed: Bed, rate: float | str) -> float:
@@ -414,6 +433,13 @@ def main() -> None:
     parser.add_argument("--policies", help="with commas between them; those of --quick or --full if left out")
     parser.add_argument("--seeds", default="", help="with commas between them; 0 up if left out")
     parser.add_argument("--held-out", action="store_true", help="judge on held-out training images")
+    parser.add_argument(
+        "--side-by-side",
+        type=int,
+        default=1,
+        metavar="N",
+        help="say that N of these run at once on one GPU, each with seeds of its own: no seconds or joules",
+    )
     parser.add_argument("--quick", action="store_true", help="every rule on 4,000 images, one seed")
     parser.add_argument("--full", action="store_true", help="the headline rows")
     parser.add_argument(
@@ -444,9 +470,8 @@ def main() -> None:
         for name in chosen:
             policy(name, BEDS[bed])  # a wrong name is refused before hours of training
         rivals = {a: b for a, b in RIVALS.items() if {a, b} <= {*chosen}}
-        Comparison(bed, load(BEDS[bed].data), given.held_out, results).run_all(
-            chosen, seeds, rivals if given.full else None
-        )
+        comparison = Comparison(bed, load(BEDS[bed].data), given.held_out, results, given.side_by_side)
+        comparison.run_all(chosen, seeds, rivals if given.full else None)
         print(f"\n{table(bed, 'held_out' if given.held_out else 'test', results)}\n", flush=True)
 
 

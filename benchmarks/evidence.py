@@ -23,7 +23,7 @@ RUNS = ROOT / "benchmarks" / "results" / "compare"
 MARGIN = 0.3  # points below full's accuracy that still count as not inferior; fixed before any run
 NOTHING = "Not measured yet."
 PICTURED = ("whole", "all", "tail", "filmed", "ten", "two-long", "long")
-WORTH_A_LINE = 3  # seeds that a row of the headline has at least
+WORTH_A_LINE = 3  # seeds that a row of the headline has, beside one of its rivals at least
 FAR = 2.5  # times the next shorter length of plain training: too far to interpolate
 PHASES = "lean warmup_epochs ramp_epochs anneal_epochs".split()
 RECIPE = "epochs batch_size lr weight_decay label_smoothing clip_norm ema".split()  # both act on chance too
@@ -93,7 +93,10 @@ def plain_at_its_cost(runs: dict, policy: str) -> str | None:
 
 
 def seconds_to(runs: dict, policy: str, share: float) -> float | None:
-    """Mean training seconds until a share of full's final accuracy; None where a seed never gets there."""
+    """Mean training seconds until a share of full's final accuracy; None where a seed never gets there, NaN
+    where there is no full run of its seeds or the seconds say nothing."""
+    if crowded(runs[policy]):
+        return math.nan
     times = []
     for seed, run in runs[policy].items():
         if seed not in runs.get("full", {}):
@@ -103,7 +106,7 @@ def seconds_to(runs: dict, policy: str, share: float) -> float | None:
         if not reached:
             return None
         times.append(reached[0])
-    return statistics.mean(times) if times else None
+    return statistics.mean(times) if times else math.nan
 
 
 def table(bed: str, judged: str = "test", results: Path = RUNS) -> str:
@@ -180,11 +183,12 @@ def headline(beds: dict[str, str]) -> str:
         runs = load(bed)
         for rate, name in default_rows(runs) if "full" in runs else ():
             full, infobatch = gap(runs, name, "full"), a_little_dearer(runs, name, "infobatch")
-            if not full or full.seeds < WORTH_A_LINE:
-                continue
             chance = rival_of(name)
             rivals = [chance, chance.replace("random", "balanced"), plain_at_its_cost(runs, name), infobatch]
-            shown = [str((rival and gap(runs, name, rival)) or "-") for rival in rivals]
+            gaps = [rival and gap(runs, name, rival) for rival in rivals]
+            if max(one.seeds for one in (*gaps, full) if one) < WORTH_A_LINE:
+                continue
+            shown = [str(one or "-") for one in gaps]
             rows.append(
                 f"| {words} | {rate} | {mean(runs[name], 'accuracy'):.2f} | "
                 f"{' | '.join(shown)} | {full or '-'}{verdict(full)} | "
@@ -246,7 +250,8 @@ def times(bed: str) -> str:
     rows = ["| policy | " + " | ".join(f"{share:.0%}" for share in SHARES) + " |", "|" + "---|" * 5]
     for name in sorted(runs, key=lambda name: -mean(runs[name], "cost")):
         cells = [seconds_to(runs, name, share) for share in SHARES]
-        rows.append(f"| {name} | " + " | ".join("never" if c is None else f"{c:.0f} s" for c in cells) + " |")
+        words = ("never" if cell is None else "-" if math.isnan(cell) else f"{cell:.0f} s" for cell in cells)
+        rows.append(f"| {name} | {' | '.join(words)} |")
     return "\n".join(rows)
 
 
@@ -264,15 +269,16 @@ def where(*beds: str, judged: str = "test") -> str:
     )
 
 
-def saving_at_equal_accuracy(runs: dict, policy: str) -> float | None:
-    """Share of the FLOPs that `policy` saves against plain training cut to the same accuracy, percent.
+def saving_at_equal_accuracy(runs: dict, policy: str, key: str = "cost") -> float | None:
+    """Share of the FLOPs, or of `key`, that `policy` saves against plain training cut to the same accuracy,
+    percent.
 
     Plain training's cost at that accuracy is interpolated between those of `full` and the `short` runs that
     are more accurate than every cheaper one; None outside of them, and between lengths so far apart that a
     straight line would make plain training look dear.
     """
     costs, accuracies = [], []
-    for cost, accuracy in sorted((mean(own, "cost"), mean(own, "accuracy")) for own in plain(runs)):
+    for cost, accuracy in sorted((mean(own, key), mean(own, "accuracy")) for own in plain(runs)):
         if not accuracies or accuracy > accuracies[-1]:
             costs.append(cost)
             accuracies.append(accuracy)
@@ -282,18 +288,22 @@ def saving_at_equal_accuracy(runs: dict, policy: str) -> float | None:
     above = max(1, int(np.searchsorted(accuracies, accuracy)))
     if costs[above] > FAR * costs[above - 1] + 1e-9:
         return None
-    return 100 * (1 - mean(runs[policy], "cost") / float(np.interp(accuracy, accuracies, costs)))
+    return 100 * (1 - mean(runs[policy], key) / float(np.interp(accuracy, accuracies, costs)))
 
 
-def saving_by_seed(runs: dict, policy: str) -> Gap | None:
-    """The mean saving at equal accuracy, percent, each seed beside its own plain training, and half its 95 %
-    interval; None where a seed lies outside plain training's range."""
-    needed = [policy, *(name for name in runs if is_plain(name))]
-    shared = set.intersection(*(set(runs[name]) for name in needed))
-    each = [saving_at_equal_accuracy({n: {s: runs[n][s]} for n in needed}, policy) for s in sorted(shared)]
-    if not each or None in each:
-        return None
-    return Gap(statistics.mean(each), half_width(each), len(each))
+def saving_interval(runs: dict, policy: str, draws: int = 1000) -> tuple[float, float] | None:
+    """The 95 % interval of what `policy` saves at equal accuracy, percent: percentiles of a bootstrap over
+    the seeds that it shares with plain training of every length. None where a draw is outside plain
+    training's range."""
+    names = [policy, *(name for name in runs if is_plain(name))]
+    shared = sorted(set.intersection(*(set(runs[name]) for name in names)))
+    found = [
+        saving_at_equal_accuracy(
+            {name: {i: runs[name][seed] for i, seed in enumerate(draw)} for name in names}, policy
+        )
+        for draw in np.random.default_rng(0).choice(shared, (draws, len(shared))).tolist()
+    ]
+    return None if None in found else tuple(np.percentile(found, (2.5, 97.5)))
 
 
 def plain(runs: dict) -> list[dict[int, dict]]:
@@ -315,8 +325,8 @@ def colour(policy: str) -> str:
 def frontier(axis: Axes, runs: dict) -> None:
     """Accuracy against training seconds, with 95 % intervals; plain training as a line. Where seconds say
     nothing, against FLOPs."""
-    shared = any(crowded(own) for own in runs.values())
-    key, points = "cost" if shared else "train_seconds", {}
+    crowd = any(crowded(own) for own in runs.values())
+    key, points = "cost" if crowd else "train_seconds", {}
     for name, own in runs.items():
         accuracies = [run["accuracy"] for run in own.values()]
         width = half_width(accuracies) if len(own) > 1 else 0
@@ -325,7 +335,7 @@ def frontier(axis: Axes, runs: dict) -> None:
     line = sorted((mean(own, key), mean(own, "accuracy")) for own in plain(runs))
     axis.plot(*zip(*line, strict=True), color="k", lw=0.8, ls=":")
     axis.set_xlabel(
-        "FLOPs ÷ full training's, scoring included" if shared else "training seconds, scoring included"
+        "FLOPs ÷ full training's, scoring included" if crowd else "training seconds, scoring included"
     )
     axis.set_ylabel("accuracy, %")
     axis.grid(alpha=0.2)
@@ -395,8 +405,9 @@ def besides(named: set[tuple[str, str]]) -> dict[str, list[str]]:
 def rival_table(tried: dict[str, list[str]]) -> str:
     """Policies on held-out training images beside chance and plain training at their cost, bed by bed."""
     rows = [
-        "| policy | on | accuracy, % | minus `random` | minus `short` | minus `full` | FLOPs ÷ full's |",
-        "|" + "---|" * 7,
+        "| policy | on | seeds | accuracy, % | minus `random` | minus `short` | minus `full` | "
+        "FLOPs ÷ full's |",
+        "|" + "---|" * 8,
     ]
     for bed, names in tried.items():
         runs = load(bed, "held_out")
@@ -405,14 +416,14 @@ def rival_table(tried: dict[str, list[str]]) -> str:
             rivals = [rival_of(name), plain_one, "full"]
             gaps = " | ".join(str((rival and gap(runs, name, rival)) or "-") for rival in rivals)
             accuracy, cost = mean(runs[name], "accuracy"), mean(runs[name], "cost")
-            rows.append(f"| `{name}` | {bed} | {accuracy:.2f} | {gaps} | {cost:.3f} |")
+            rows.append(f"| `{name}` | {bed} | {len(runs[name])} | {accuracy:.2f} | {gaps} | {cost:.3f} |")
     return "\n".join(rows) if len(rows) > 2 else NOTHING
 
 
 def main() -> None:
     """Draws both figures of the beds in PICTURED, without policies of which the search changed a setting."""
     for bed, every in ((bed, load(bed)) for bed in PICTURED):
-        if not every:
+        if "full" not in every:
             continue
         ours = {name for _, name in default_rows(every)}
         shown = {*ours, *(rival_of(name) for name in ours)}

@@ -227,7 +227,7 @@ REPEATS: dict[str, list[str]] = {
     ],
 }
 
-# Many images and few looks at each, where AST is ahead of chance though no class is rare. Expected: a sharper
+# Many images and few looks at each. Expected: a sharper
 # gate better than the default, since nothing is learned by heart yet, and a softer one worse; no floor and no
 # smoothing of what is remembered a little worse, as elsewhere; the rest ties.
 FEW_LOOKS: dict[str, list[str]] = {

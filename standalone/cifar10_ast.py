@@ -34,7 +34,7 @@
 # <!-- measured -->
 # Measured on CIFAR-10 (as JPEGs), `simple_cnn`, 40 epochs on 10.4% of the samples, mean of 3 seeds: AST
 # 78.69 %, random selection of as many 77.49 %, a difference of +1.21 ± 0.25 (3); plain training of 5
-# epochs, a fifth dearer, 78.81 %, -0.11 ± 0.24 (3). cpu (AMD EPYC, 1 threads), 2026-11-23.
+# epochs, 20% dearer, 78.81 %, -0.11 ± 0.24 (3). cpu (AMD EPYC, 1 threads), 2026-11-23.
 # <!-- /measured -->
 #
 # As a script, alone, anywhere:

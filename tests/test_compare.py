@@ -519,8 +519,8 @@ def test_held_out_rows_stand_beside_chance_and_plain_training_at_their_cost(monk
     monkeypatch.setattr(evidence, "load", lambda *_: runs)
     _, _, *lines = evidence.rival_table({"bed": ["ast@0.1:lean", "short@0.1667", "not run yet"]}).splitlines()
     assert lines == [
-        "| `ast@0.1:lean` | bed | 70.50 | +1.00 ± 0.00 (2) | +2.50 ± 6.35 (2) | - | 0.160 |",
-        "| `short@0.1667` | bed | 68.00 | - | - | - | 0.167 |",
+        "| `ast@0.1:lean` | bed | 2 | 70.50 | +1.00 ± 0.00 (2) | +2.50 ± 6.35 (2) | - | 0.160 |",
+        "| `short@0.1667` | bed | 2 | 68.00 | - | - | - | 0.167 |",
     ]
 
 
@@ -533,8 +533,17 @@ def test_seconds_of_two_machines_are_not_compared():
     assert evidence.time_saved(runs, "ast@0.2") == "60 %"
 
 
+def test_a_run_beside_others_on_a_gpu_says_so_and_keeps_no_joules(tiny, data, tmp_path):
+    crowd = compare.Comparison("tiny", data, held_out=False, results=tmp_path / "crowd", side_by_side=14)
+    alone, found = tiny.run("full", 0), crowd.run("full", 0)
+    assert "side_by_side" not in alone and found["side_by_side"] == 14
+    assert found["joules"] is None and "shared" in found["joules_method"]
+    assert found["command"] == f"{alone['command']} --side-by-side 14"
+    assert found["accuracy"] == alone["accuracy"]
+
+
 def test_seconds_of_runs_that_shared_a_gpu_are_not_shown(monkeypatch):
-    runs = {"full": of([96.0, 96.0], 1.0), "ast@0.2": of([95.0, 95.0], 0.4)}
+    runs = {"full": of([96.0] * 3, 1.0), "ast@0.2": of([95.0] * 3, 0.4)}
     monkeypatch.setattr(evidence, "load", lambda *_: runs)
     assert evidence.time_saved(runs, "ast@0.2") == "60 %"
     assert " | 1.000 | 10 | 9 | " in evidence.table("bed")
@@ -603,13 +612,19 @@ def test_overshoot_is_what_lies_beyond_the_target():
     assert found["overshoot"] == pytest.approx(0.05)
 
 
-def test_savings_are_taken_seed_by_seed_beside_the_same_seeds_plain_training():
+def test_a_saving_has_an_interval_over_seeds():
     runs = {"full": of([90.0, 92.0], 1.0), "short@0.5": of([80.0, 82.0], 0.5), "ast": of([85.0, 87.0], 0.6)}
-    assert str(evidence.saving_by_seed(runs, "ast")) == "+20.00 ± 0.00 (2)"
-    runs["ast"][1]["accuracy"] = 93.0
-    assert evidence.saving_by_seed(runs, "ast") is None, "outside what plain training reaches"
-    runs["ast"][1]["accuracy"] = 84.5
-    assert evidence.saving_by_seed(runs, "ast").half > 10
+    assert evidence.saving_interval(runs, "ast") == pytest.approx((20, 20)), "each seed as good as its own"
+    runs["ast"][1]["accuracy"] = 83.0  # its own plain training would cost 0.55
+    low, high = evidence.saving_interval(runs, "ast")
+    assert low == pytest.approx(100 * (1 - 0.6 / 0.55))
+    assert high == pytest.approx(20)
+    runs["ast"][1]["train_seconds"] = 9.0
+    assert evidence.saving_at_equal_accuracy(runs, "ast", "train_seconds") == pytest.approx(
+        100 * (1 - 7.5 / 6.5)
+    )
+    runs["ast"][0]["accuracy"] = 99.0
+    assert evidence.saving_interval(runs, "ast") is None, "some draws are above all plain training"
 
 
 def test_the_time_to_a_share_of_fulls_accuracy_needs_every_seed():
@@ -617,3 +632,6 @@ def test_the_time_to_a_share_of_fulls_accuracy_needs_every_seed():
     assert evidence.seconds_to(runs, "ast", 0.9) == 2.0
     assert evidence.seconds_to(runs, "ast", 0.88) == 1.0
     assert evidence.seconds_to(runs, "ast", 1.0) is None
+    assert math.isnan(evidence.seconds_to({"ast": runs["ast"]}, "ast", 0.9)), "nothing to compare with"
+    runs["ast"][0]["side_by_side"] = 14
+    assert math.isnan(evidence.seconds_to(runs, "ast", 0.9))
