@@ -388,7 +388,7 @@ def accuracy(data_path: str, seeds: str) -> dict:
         },
         "epochs_of_short": epochs,
         "mean_activation": {"ast": ours["activation_rate"], "random": random["activation_rate"]},
-        "reach": "ast at least 77.5 at a mean activation of at most 0.104, random not above ast",
+        "reach": "ast at least 77.5 at a mean activation of at most 0.104, random and short not above ast",
     }
 
 
