@@ -186,7 +186,7 @@ def headline(beds: dict[str, str]) -> str:
             chance = rival_of(name)
             rivals = [chance, chance.replace("random", "balanced"), plain_at_its_cost(runs, name), infobatch]
             gaps = [rival and gap(runs, name, rival) for rival in rivals]
-            if max(one.seeds for one in (*gaps, full) if one) < WORTH_A_LINE:
+            if max((one.seeds for one in (*gaps, full) if one), default=0) < WORTH_A_LINE:
                 continue
             shown = [str(one or "-") for one in gaps]
             rows.append(
@@ -293,10 +293,12 @@ def saving_at_equal_accuracy(runs: dict, policy: str, key: str = "cost") -> floa
 
 def saving_interval(runs: dict, policy: str, draws: int = 1000) -> tuple[float, float] | None:
     """The 95 % interval of what `policy` saves at equal accuracy, percent: percentiles of a bootstrap over
-    the seeds that it shares with plain training of every length. None where a draw is outside plain
-    training's range."""
+    the seeds that it shares with plain training of every length. None without such, and where a draw is
+    outside plain training's range."""
     names = [policy, *(name for name in runs if is_plain(name))]
     shared = sorted(set.intersection(*(set(runs[name]) for name in names)))
+    if not shared:
+        return None
     found = [
         saving_at_equal_accuracy(
             {name: {i: runs[name][seed] for i, seed in enumerate(draw)} for name in names}, policy

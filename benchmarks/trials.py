@@ -228,8 +228,8 @@ REPEATS: dict[str, list[str]] = {
 }
 
 # Many images and few looks at each. Expected: a sharper gate better than the default, since nothing is
-# learned by heart yet, and a softer one worse; no floor and no smoothing of what is remembered a little worse,
-# as elsewhere; a larger lead with label smoothing, which the program's recipe has; the rest ties.
+# learned by heart yet, and a softer one worse; no floor and no smoothing of what is remembered a little
+# worse, as elsewhere; a larger lead with label smoothing, which the program's recipe has; the rest ties.
 FEW_LOOKS: dict[str, list[str]] = {
     "all": [
         *("ast@0.1:lean", "random@0.1:lean", "short@0.2500"),
