@@ -23,7 +23,7 @@ RUNS = ROOT / "benchmarks" / "results" / "compare"
 MARGIN = 0.3  # points below full's accuracy that still count as not inferior; fixed before any run
 NOTHING = "Not measured yet."
 PICTURED = ("whole", "all", "tail", "filmed", "ten", "two-long", "long")
-WORTH_A_LINE = 3  # seeds that a row of the headline has, beside one of its rivals at least
+WORTH_A_LINE = 3  # seeds that a row of the headline shares with a rival, or full has for a figure of savings
 FAR = 2.5  # times the next shorter length of plain training: too far to interpolate
 PHASES = "lean warmup_epochs ramp_epochs anneal_epochs".split()
 RECIPE = "epochs batch_size lr weight_decay label_smoothing clip_norm ema".split()  # both act on chance too
@@ -434,7 +434,9 @@ def main() -> None:
             for name, own in every.items()
             if name.partition(":")[2] in ("", "lean", "balance=true") or name in shown
         }
-        comparable = any(saving_at_equal_accuracy(runs, name) for name in runs if not is_plain(name))
+        comparable = len(runs["full"]) >= WORTH_A_LINE and any(
+            saving_at_equal_accuracy(runs, name) for name in runs if not is_plain(name)
+        )
         for draw in (frontier, savings) if comparable else (frontier,):
             figure = Figure(figsize=(8, 5), layout="constrained")
             draw(figure.subplots(), runs)
