@@ -312,7 +312,7 @@ def evidence() -> str:
 
 def evidence_on_images() -> str:
     """The measured sentences in the ImageNet-100 program's first cell."""
-    sentences, taken = [], {}
+    sentences = []
     if found := result("images_budget"):
         mean, gap = found["mean_accuracy"], found["ast_minus"]
         sentences.append(
@@ -320,20 +320,17 @@ def evidence_on_images() -> str:
             f"`resnet18` from scratch, {found['epochs']} epochs, {len(found['accuracy_per_seed']['ast'])} "
             f"seeds: AST {mean['ast']:.2f} %{weighed(found)}, after {found['seconds']['ast']:.0f} s of "
             f"training. That is {interval(gap['short'])} points against plain training cut to that cost, and "
-            f"{interval(gap['random'])} against random selection (95 % intervals)."
+            f"{interval(gap['random'])} against random selection (95 % intervals; {found['machine']}, "
+            f"{found['date']})."
         )
         if all(abs(one["mean"]) <= (one["half_width"] or math.inf) for one in gap.values()):
             sentences.append("Neither is a difference: here choosing was worth nothing that shows.")
-        taken = found
     if found := result("images_skip"):
         sentences.append(
             f"From full-size JPEGs, a candidate at a = 0.25 takes {found['ratio']:.2f} of the time of a "
-            "trained image."
+            f"trained image ({found['machine']}, {found['date']})."
         )
-        taken = found
-    if not sentences:
-        return "Nothing measured yet."
-    return " ".join([*sentences, f"{taken['machine']}, {taken['date']}. Not measured on a GPU yet."])
+    return " ".join([*sentences, "Not measured on a GPU yet."] if sentences else ["Nothing measured yet."])
 
 
 def between(text: str, name: str, content: str, prefix: str = "") -> str:

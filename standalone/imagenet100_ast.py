@@ -36,9 +36,9 @@
 # <!-- measured -->
 # Measured on 10,000 images of 100 classes of ImageNet at 64 pixels, `resnet18` from scratch, 10 epochs, 3
 # seeds: AST 17.71 %, after 416 s of training. That is +0.04 ± 0.25 points against plain training cut to
-# that cost, and -0.37 ± 0.23 against random selection (95 % intervals). From full-size JPEGs, a candidate
-# at a = 0.25 takes 0.25 of the time of a trained image. cpu (Intel(R) Xeon(R) Processor, 2 threads),
-# 2026-11-22. Not measured on a GPU yet.
+# that cost, and -0.37 ± 0.23 against random selection (95 % intervals; cpu (AMD EPYC, 1 threads),
+# 2026-11-23). From full-size JPEGs, a candidate at a = 0.25 takes 0.25 of the time of a trained image (cpu
+# (Intel(R) Xeon(R) Processor, 2 threads), 2026-11-22). Not measured on a GPU yet.
 # <!-- /measured -->
 #
 # As a script, alone, anywhere:
