@@ -194,7 +194,7 @@ ROWS: dict[str, list[tuple[str, Callable[[dict], str], str]]] = {
             )
             for rival, words in (
                 ("random", "`random` beside it, as many samples"),
-                ("short", "plain training of as few epochs, rounded up (5 for 4.16)"),
+                ("short", "plain training of as few epochs, rounded up to whole ones"),
             )
         ],
     ],
@@ -475,7 +475,7 @@ def saved(bed: str, alone: str) -> str:
     return (
         f"Against plain training cut to the same accuracy AST saves {listed([*shares.values()])} of the "
         f"FLOPs there; InfoBatch {rival}. In brackets: 95 %, by a bootstrap over seeds. With the GPU to "
-        f"itself (a = 0.4, one seed) that is {listed(quick)}: beside a network so small the gate's own work "
+        f"itself (a = 0.4; seeds: {len(quiet[ours])}) that is {listed(quick)}: beside a network so small the gate's own work "
         "takes the rest back. Against full training, which is more accurate, it is "
         f"{listed([f'{share:.0f} %' for share in whole])}."
     )
