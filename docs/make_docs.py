@@ -476,7 +476,8 @@ def saved(bed: str, alone: str) -> str:
         f"Against plain training cut to the same accuracy AST saves {listed([*shares.values()])} of the "
         f"FLOPs there; InfoBatch {rival}. In brackets: 95 %, by a bootstrap over seeds. With the GPU to "
         f"itself (a = 0.4; seeds: {len(quiet[ours])}) that is {listed(quick)}: beside a "
-        "network so small the gate's own work takes the rest back. Against full training, which is more accurate, it is "
+        "network so small the gate's own work takes the rest back. Against full training, which is "
+        "more accurate, it is "
         f"{listed([f'{share:.0f} %' for share in whole])}."
     )
 
