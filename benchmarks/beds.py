@@ -179,7 +179,7 @@ BEDS: dict[str, Bed] = {
     ),
 }
 BEDS["whole-alone"] = replace(BEDS["whole"], what=f"{BEDS['whole'].what}, one run at a time")
-for name in ("two-long", "long"):
+for name in ("two-long", "long", "tail"):
     on_cpu = BEDS[name]
     BEDS[f"{name}-gpu"] = replace(
         on_cpu, what=f"{on_cpu.what}, on a GPU", settings={**on_cpu.settings, "device": "cuda"}
