@@ -385,7 +385,7 @@ FULL = {
     "whole": ((0.57, 0.4, 0.2), ["infobatch", "shuffled@0.2"]),
     "whole-alone": ((0.57, 0.4, 0.2), []),
     "whole-long": ((0.2,), []),
-    "whole-tail": ((0.6, *RATES), ["infobatch", *BALANCE]),
+    **dict.fromkeys(("tail-gpu", "whole-tail"), ((0.6, *RATES), ["infobatch", *BALANCE])),
     "two-long-gpu": ((0.2,), []),
     "long-gpu": ((0.2,), []),
 }

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "benchmarks" / "results" / "compare"
 MARGIN = 0.3  # points below full's accuracy that still count as not inferior; fixed before any run
 NOTHING = "Not measured yet."
-PICTURED = ("whole", "all", "tail", "filmed", "ten", "two-long", "long")
+PICTURED = ("whole", "all", "tail", "tail-gpu", "filmed", "ten", "two-long", "long")
 WORTH_A_LINE = 3  # seeds that a row of the headline shares with a rival, or full has for a figure of savings
 FAR = 2.5  # times the next shorter length of plain training: too far to interpolate
 PHASES = "lean warmup_epochs ramp_epochs anneal_epochs".split()
@@ -171,9 +171,9 @@ def joules(runs: dict[int, dict]) -> str:
     return f"{mean(runs, 'joules'):.0f}" if all(run["joules"] is not None for run in runs.values()) else "-"
 
 
-def headline(beds: dict[str, str]) -> str:
+def headline(beds: dict[str, str], some: dict[str, tuple[str, ...]] | None = None) -> str:
     """AST against its rivals at each rate, a row a bed and rate that has the seeds; `beds` names each bed in
-    words."""
+    words, `some` the rates shown of a bed that has too many."""
     rows = [
         "| trained on | a | AST, % | minus `random` | minus `balanced` | minus `short`, up to ⅛ dearer | "
         "minus `infobatch`, up to ⅓ dearer | minus `full` | saved: training time; FLOPs |",
@@ -181,7 +181,10 @@ def headline(beds: dict[str, str]) -> str:
     ]
     for bed, words in beds.items():
         runs = load(bed)
+        wanted = (some or {}).get(bed)
         for rate, name in default_rows(runs) if "full" in runs else ():
+            if wanted and rate not in wanted:
+                continue
             full, infobatch = gap(runs, name, "full"), a_little_dearer(runs, name, "infobatch")
             chance = rival_of(name)
             rivals = [chance, chance.replace("random", "balanced"), plain_at_its_cost(runs, name), infobatch]

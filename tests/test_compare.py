@@ -507,6 +507,7 @@ def test_the_headline_names_what_is_proven_and_what_is_not(monkeypatch):
     assert "not inferior" not in second
     assert "| -1.00 (1) |" in second
     assert "| +2.00 ± 2.48 (3) |" in second, "InfoBatch is a rival where it costs as much, or a little more"
+    assert evidence.headline({"bed": "words"}, {"bed": ("0.1",)}).splitlines()[2:] == [second]
 
 
 def test_held_out_rows_stand_beside_chance_and_plain_training_at_their_cost(monkeypatch):
