@@ -162,17 +162,17 @@ BEDS: dict[str, Bed] = {
         settings={"epochs": 16, **RECIPE},
     ),
     "whole": Bed(
-        "all of CIFAR-10, the program's `resnet` and its own recipe, 20 epochs, on a GPU",
+        "all of CIFAR-10, the program's `resnet`, 20 epochs, on a GPU",
         shipped=True,
         settings={"epochs": 20, **ON_GPU},
     ),
     "whole-long": Bed(
-        "all of CIFAR-10, the program's `resnet` and its own recipe, 60 epochs, on a GPU",
+        "all of CIFAR-10, the program's `resnet`, 60 epochs, on a GPU",
         shipped=True,
         settings={"epochs": 60, **ON_GPU},
     ),
     "whole-tail": Bed(
-        "CIFAR-10 with a long tail (20 to 1), the program's `resnet` and its own recipe, 40 epochs, on a GPU",
+        "CIFAR-10 with a long tail (20 to 1), the program's `resnet`, 40 epochs, on a GPU",
         tail=1 / 20,
         shipped=True,
         settings={"epochs": 40, **ON_GPU, "batch_size": 128, "lr": 0.14},

@@ -296,8 +296,8 @@ def saving_at_equal_accuracy(runs: dict, policy: str, key: str = "cost") -> floa
 
 def saving_interval(runs: dict, policy: str, draws: int = 1000) -> tuple[float, float] | None:
     """The 95 % interval of what `policy` saves at equal accuracy, percent: percentiles of a bootstrap over
-    the seeds that it shares with plain training of every length. None without such, and where a draw is
-    outside plain training's range."""
+    the seeds that it shares with plain training of every length. None without such, and where more than one
+    draw in forty is outside plain training's range: it might lie beyond either end."""
     names = [policy, *(name for name in runs if is_plain(name))]
     shared = sorted(set.intersection(*(set(runs[name]) for name in names)))
     if not shared:
@@ -308,7 +308,11 @@ def saving_interval(runs: dict, policy: str, draws: int = 1000) -> tuple[float, 
         )
         for draw in np.random.default_rng(0).choice(shared, (draws, len(shared))).tolist()
     ]
-    return None if None in found else tuple(np.percentile(found, (2.5, 97.5)))
+    low, high = (
+        np.percentile([beyond if one is None else one for one in found], share, method="nearest")
+        for share, beyond in ((2.5, -math.inf), (97.5, math.inf))
+    )
+    return (float(low), float(high)) if math.isfinite(high - low) else None
 
 
 def plain(runs: dict) -> list[dict[int, dict]]:

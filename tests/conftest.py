@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # two threads beside a busy process are many times slower than one
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 
 ROOT = Path(__file__).parents[1]

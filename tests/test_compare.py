@@ -628,6 +628,15 @@ def test_a_saving_has_an_interval_over_seeds():
     assert evidence.saving_interval(runs, "ast") is None, "some draws are above all plain training"
 
 
+def test_a_draw_in_a_hundred_outside_plain_trainings_range_spoils_no_interval():
+    runs = {"full": of([90.0] * 6, 1.0), "short@0.5": of([80.0] * 6, 0.5)}
+    runs["ast"] = of([85.0] * 5 + [77.0], 0.6)  # drawn four times of six, the last falls below the range
+    low, high = evidence.saving_interval(runs, "ast")
+    assert low < 5 and high == pytest.approx(20)
+    runs["ast"] = of([85.0] * 5 + [67.0], 0.6)  # twice are enough
+    assert evidence.saving_interval(runs, "ast") is None
+
+
 def test_the_time_to_a_share_of_fulls_accuracy_needs_every_seed():
     runs = {"full": of([90.0, 90.0]), "ast": of([90.0, 90.0], curve=[(1.0, 80.0), (2.0, 89.5)])}
     assert evidence.seconds_to(runs, "ast", 0.9) == 2.0
