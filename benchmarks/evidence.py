@@ -272,16 +272,15 @@ def where(*beds: str, judged: str = "test") -> str:
     )
 
 
-def saving_at_equal_accuracy(runs: dict, policy: str, key: str = "cost") -> float | None:
-    """Share of the FLOPs, or of `key`, that `policy` saves against plain training cut to the same accuracy,
-    percent.
+def saving_at_equal_accuracy(runs: dict, policy: str) -> float | None:
+    """Share of the FLOPs that `policy` saves against plain training cut to the same accuracy, percent.
 
     Plain training's cost at that accuracy is interpolated between those of `full` and the `short` runs that
     are more accurate than every cheaper one; None outside of them, and between lengths so far apart that a
     straight line would make plain training look dear.
     """
     costs, accuracies = [], []
-    for cost, accuracy in sorted((mean(own, key), mean(own, "accuracy")) for own in plain(runs)):
+    for cost, accuracy in sorted((mean(own, "cost"), mean(own, "accuracy")) for own in plain(runs)):
         if not accuracies or accuracy > accuracies[-1]:
             costs.append(cost)
             accuracies.append(accuracy)
@@ -291,7 +290,7 @@ def saving_at_equal_accuracy(runs: dict, policy: str, key: str = "cost") -> floa
     above = max(1, int(np.searchsorted(accuracies, accuracy)))
     if costs[above] > FAR * costs[above - 1] + 1e-9:
         return None
-    return 100 * (1 - mean(runs[policy], key) / float(np.interp(accuracy, accuracies, costs)))
+    return 100 * (1 - mean(runs[policy], "cost") / float(np.interp(accuracy, accuracies, costs)))
 
 
 def saving_interval(runs: dict, policy: str, draws: int = 1000) -> tuple[float, float] | None:
