@@ -425,9 +425,10 @@ def search() -> str:
     text = between(text, "sparer", proof.rival_table(trials.SPARER))
     text = between(text, "repeats", proof.rival_table(trials.REPEATS))
     text = between(text, "few looks", proof.rival_table(trials.FEW_LOOKS))
+    text = between(text, "margin", proof.rival_table(trials.MARGIN))
     text = between(text, "on a GPU", proof.rival_table(trials.ON_A_GPU))
     named = {(bed, t.run) for tried in trials.CHAPTERS.values() for t in tried for bed in t.beds}
-    lists = (trials.SPARER, trials.REPEATS, trials.FEW_LOOKS, trials.ON_A_GPU)
+    lists = (trials.SPARER, trials.REPEATS, trials.FEW_LOOKS, trials.MARGIN, trials.ON_A_GPU)
     named |= {(bed, name) for tried in lists for bed, names in tried.items() for name in names}
     text = between(text, "besides", proof.rival_table(proof.besides(named)))
     beds = sorted(folder.name for folder in (proof.RUNS / "held_out").iterdir())
