@@ -60,6 +60,7 @@ def test_the_readme_names_no_flag_that_is_not_there(cifar, imagenet):
     known = {cifar.flag(field.name) for field in settings}
     known |= {"--no-feedforward", "--no-guard", "--no-probe", "--help", "--sync", "--check", "--kaggle"}
     known |= {"--to", "--side", "--from", "--classes", "--json", "--force"}  # of python -m data_setup
+    known |= {"--dist"}  # of pytest
     used = set(re.findall(r"`[^`]*?(--[a-z][a-z-]+)", README))
     assert used <= known, used - known
 
