@@ -24,8 +24,6 @@
 # # Adaptive sparse training on ImageNet-100, or on your images
 #
 # <!-- badges -->
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/your-name/ast-notebook-kit/blob/main/notebooks/imagenet100_ast.ipynb)
-# [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/your-name/ast-notebook-kit/blob/main/notebooks/imagenet100_ast.ipynb)
 # <!-- /badges -->
 #
 # Fine-tunes a pretrained network on ImageNet-100, or on any folder of images, and in each epoch reads,
@@ -51,1793 +49,102 @@
 # numpy, Pillow, matplotlib and tqdm. A GPU such as a T4 is what it is meant for; a CPU takes it too, with
 # smaller images and a smaller network.
 
-# %% Imports
-import argparse
-import asyncio
-import contextlib
-import copy
-import ctypes
-import difflib
-import functools
-import hashlib
-import importlib.util
-import io
-import itertools
-import json
-import math
-import os
-import pickle
-import platform
-import queue
-import re
-import shutil
-import signal
-import struct
-import sys
-import tarfile
-import threading
-import time
-import warnings
-import zipfile
-import zlib
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
-
-import matplotlib.colors
-import matplotlib.patheffects
-import numpy as np
-import torch
-import torch.utils.checkpoint
-import torchvision
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from PIL import Image  # matplotlib and torchvision bring it
-from PIL.BmpImagePlugin import BmpImageFile
-from PIL.GifImagePlugin import GifImageFile
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
-from PIL.WebPImagePlugin import WebPImageFile
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    TensorDataset,
-)
-from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
-
-# %% Settings [markdown]
-# ## Settings
-#
-# Every field is also a flag (`--target-activation 0.2`) and an environment variable
-# (`AST_TARGET_ACTIVATION=0.2`). A flag beats a variable, a variable beats this cell, this cell beats the
-# profile, and what is left at `None` the device decides: the run prints what it settled on. In a notebook,
-# edit this cell, or the short form below it.
-
-# %% Settings
-PROGRAM = "imagenet100_ast"
-KAGGLE_DATA = "ambityga/imagenet100"  # the data set to attach to a notebook on Kaggle
-
-
-@dataclass
-class Settings:
-    """All settings of this program, flat; the comment behind each field is its help text."""
-
-    # What is trained on what
-    data: str = "auto"  # auto, imagenet100, shapes, or a PATH: folder of images, .zip, or packed .npy
-    data_dir: str | None = None  # the first folder searched, for data and weights; the platform decides
-    train_size: int = 0  # training samples, drawn evenly from the classes; 0 takes all
-    val_fraction: float = 0.2  # share of a single folder of classes that is kept for validation
-    image_size: int | None = None  # pixels, side of what the model sees; the device decides
-    workers: int | None = None  # threads that read and decode; one a core, at most 8, if None
-    model: str | None = None  # any classifier of torchvision, such as resnet50; the device decides
-    weights: str = "imagenet"  # imagenet, none, or a FILE with a state dict; what does not fit is new
-    epochs: int | None = None  # passes over the candidates; the device decides
-    batch_size: int | None = None  # samples a step; the device decides
-    lr: float | None = None  # peak learning rate; by kind of network and whether it is pretrained
-    weight_decay: float = 1e-4  # per step, times the learning rate
-    label_smoothing: float = 0.1  # fraction in [0, 1); significance uses the raw loss all the same
-    jitter: float = 0.2  # strength of changes in brightness, contrast and saturation; 0 for none
-    erase: float = 0.1  # share of the training views in which a rectangle is erased
-    clip_norm: float = 5.0  # largest norm of a step's gradients; 0 clips none
-    ema: float = 0.0  # decay of averaged weights, which are then evaluated and kept; 0.999; 0 for none
-    head_epochs: int = 0  # epochs at the start that train the new last layer alone
-    probe: bool = True  # also measure the weights untrained, and with a new last layer alone
-    grad_checkpoint: bool = False  # compute activations twice instead of keeping them: time for memory
-    compile: bool = False  # torch.compile the model: minutes at the start, faster steps on a recent GPU
-    seeds: str = "0"  # one run of every policy per seed, such as 0,1,2
-    # Adaptive sparse training
-    profile: str = "accuracy"  # accuracy or efficiency: settings that go together, shown when a run starts
-    target_activation: float = 0.4  # a*, fraction of the candidates trained on, in (0, 1]
-    gate: str = "remembered"  # remembered, live, proxy, random, rs2 or full
-    compare: str = "full,random,short"  # run beside it, also rs2; short: full, as many samples; or none
-    warmup_epochs: int | None = None  # whole epochs on everything at the start; max(1, 8 %) if None
-    ramp_epochs: int | None = None  # whole epochs from everything down to the target; 20 % if None
-    anneal_epochs: int | None = None  # whole epochs on everything at the end; 12.5 % if None
-    significance: str = "loss"  # loss, loss+entropy, loss+intensity, gradient or margin
-    temperature: float = 0.25  # T, softness of the gate's edge in ranks; 0.1 chooses hard samples strictly
-    weight_gamma: float = 0.0  # γ of the weights (p/a)^-γ; 0 weighs all alike, 1 is unbiased
-    guard: bool = True  # remembered: rank as average what stays hard visit after visit
-    balance: bool = False  # remembered: activate as many of every class, for classes that are rare
-    live_rule: str = "threshold"  # threshold or topk, for --gate live
-    score_scale: float = 1.0  # image side used for live scoring, fraction of the full side in (0, 1]
-    feedforward: bool = True  # solve for θ; --no-feedforward is the pure PI of the original reports
-    initial_threshold: float = 0.5  # θ at the start of the pure PI, on the rank scale
-    adapt_kp: float = 0.005  # proportional gain of the pure PI, θ per unit of activation rate
-    adapt_ki: float = 0.0001  # integral gain of the pure PI, θ per unit of activation rate and chunk
-    ema_alpha: float = 0.3  # weight of the newest chunk in the controller's smoothed error, in (0, 1]
-    # Where and how it runs
-    device: str = "auto"  # auto, cpu or cuda
-    amp: str = "auto"  # auto, off, fp16 or bf16
-    out: str | None = None  # folder for results; the platform decides
-    resume: bool = False  # go on from the last checkpoint in --out
-    time_limit: float = 0.0  # minutes until the run saves and stops; 0 for none
-    checkpoint_seconds: float = 300.0  # seconds between checkpoints; 0 saves after every step
-
-
-PROFILES = {
-    "accuracy": {"target_activation": 0.4},
-    "efficiency": {"target_activation": 0.15, "warmup_epochs": 1, "ramp_epochs": 0, "anneal_epochs": 1},
-}
-CHOICES = {"profile": tuple(PROFILES)}
-
-settings = Settings()
-
 # %% Your run [markdown]
 # ### Your run
 #
-# What most people change: a form in Colab, a few lines to edit elsewhere. To train on your own images, put
-# the path of a folder with a folder for each class, or of a `.zip` like it, into `data`, and Run all. To see
-# it work without any data, choose `shapes`, with `weights` set to `none` and `image_size` to 32.
+# A form in Colab, a few lines to edit elsewhere; 0 leaves a value to the device. For your own images put the
+# path of a folder with a folder for each class, or of a `.zip` like it, into `data`. To see it work without
+# any data, choose `shapes`, with `weights` set to `none` and `image_size` to 32. Then Run all.
 
 # %% Your run tags=["active-ipynb"]
 # data = "auto"  # @param ["auto", "imagenet100", "shapes"] {"allow-input": true}
 # weights = "imagenet"  # @param ["imagenet", "none"] {"allow-input": true}
 # image_size = 0  # @param {"type": "integer"}
 # profile = "accuracy"  # @param ["accuracy", "efficiency"]
-# gate = "remembered"  # @param ["remembered", "live", "proxy", "random"]
+# gate = "remembered"  # @param ["remembered", "live", "random"]
 # epochs = 0  # @param {"type": "integer"}
-# settings = replace(settings, data=data, weights=weights, image_size=image_size or None, profile=profile)
-# settings = replace(settings, gate=gate, epochs=epochs or None)
+# your_run = {"data": data, "weights": weights, "image_size": image_size or None}
+# your_run |= {"profile": profile, "gate": gate, "epochs": epochs or None}
 
-# %% Why photographs stay on the disk [markdown]
-# ## The data
+# %% The dashboard, still empty [markdown] tags=["shared"]
+# ## The dashboard
 #
-# A hundred classes of ImageNet are some 130,000 photographs, more than memory holds as pixels: they stay on
-# the disk, and each is decoded when it is trained on. Decoding is what a small machine waits for most, and
-# where skipping pays first: *a photograph that the gate skips is never read.*
+# Run all, and it fills here and below "Run": drag *target activation*, and see the rate follow at once and
+# the energy bend. *Stop and save* keeps what there is. Without ipywidgets the run prints a table instead.
+
+# %% The dashboard, still empty tags=["shared", "active-ipynb"]
+# import importlib.util
+# import os
 #
-# Who wants more speed packs them once, shrunk, into one array (`python -m data_setup`); both forms train.
-
-
-# %% Image data
-@dataclass
-class ImageData:
-    """What is trained on: images in an array, perhaps memory-mapped, or photographs on the disk.
-
-    Arrays are uint8 [N, H, W, 3]; labels are int64 [N] with values in [0, len(classes)).
-    """
-
-    name: str  # "imagenet100", "shapes", or the path's name
-    synthetic: bool  # True where the images are drawn, so accuracies say nothing about photographs
-    classes: list[str]  # names for people, all different
-    train_images: "np.ndarray | Photos"
-    train_labels: np.ndarray
-    val_images: "np.ndarray | Photos"
-    val_labels: np.ndarray
-    source: str  # where it is read from, for the log
-    difficulty: np.ndarray | None = None  # uint8 [N_train], shapes only: 0 easy, 1 hard, 2 mislabelled
-    unreadable: list[str] = field(default_factory=list)  # files that were skipped
-    keys: list[str] = field(default_factory=list)  # the classes' folders, such as ImageNet's n01440764
-
-
-# %% Why so many layouts [markdown]
-# ### Which form is it?
+# from IPython.display import display
 #
-# Kaggle's `ambityga/imagenet100` comes in parts, `train.X1` to `train.X4`, of 25 classes each: a class index
-# made part by part would give four classes the label 0. Others have `train/` and `val/`, or one folder a
-# class and no validation images at all. All of it may lie one folder deeper than you think, or in a `.zip`.
-# One listing reads them all; nothing is unpacked.
-
-
-# %% Look into a folder or a zip
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-Look = Callable[[str], tuple[list[str], list[str]]]  # a folder below the root -> its folders, its files
-
-
-def hidden(name: str) -> bool:
-    return name.startswith((".", "__MACOSX"))
-
-
-def look_into(root: Path) -> Look:
-    """How to list the folders below `root`, a folder or a .zip; "" is the root itself. Links are followed.
-
-    Raises BadInput where something cannot be read.
-    """
-    inside: defaultdict[str, tuple[set, set]] = defaultdict(lambda: (set(), set()))
-    if root.is_file():
-        try:
-            with zipfile.ZipFile(root) as archive:
-                names = archive.namelist()
-        except DAMAGE as error:
-            raise BadInput(
-                f"{root}: expected a whole .zip ({one_line(error)}); copy or download it again"
-            ) from error
-        for name in names:
-            *folders, file = name.split("/")
-            if not any(map(hidden, (*folders, file))):
-                for depth, folder in enumerate(folders):
-                    inside["/".join(folders[:depth])][0].add(folder)
-                if file:
-                    inside["/".join(folders)][1].add(file)
-
-    @functools.cache
-    def look(folder: str) -> tuple[list[str], list[str]]:
-        if root.is_file():
-            folders, files = inside.get(folder, ((), ()))
-        else:
-            folders, files = set(), set()
-            try:
-                with os.scandir(root / folder) as entries:
-                    for entry in entries:
-                        if not hidden(entry.name):
-                            (folders if entry.is_dir() else files).add(entry.name)
-            except OSError as error:
-                raise BadInput(
-                    f"{root / folder}: cannot be read ({one_line(error)}); check path and permissions"
-                ) from error
-        return sorted(folders), sorted(files)
-
-    return look
-
-
-def join(*parts: str) -> str:
-    return "/".join(filter(None, parts))
-
-
-def images_in(look: Look, folder: str) -> list[str]:
-    """Names of the image files that lie in `folder` itself, relative to the root."""
-    return [join(folder, file) for file in look(folder)[1] if file.lower().endswith(IMAGE_SUFFIXES)]
-
-
-# %% Find the splits
-def find_splits(look: Look, prefix: str) -> dict[str, list[str]]:
-    """The folders of class folders for "train" and "val" below `prefix`, train.X1 and its like too; or {}."""
-    parts = {
-        split: [
-            join(prefix, name)
-            for name in look(prefix)[0]
-            if re.fullmatch(rf"({split})(\.X.*)?", name, re.IGNORECASE) and look(join(prefix, name))[0]
-        ]
-        for split in ("train|training", "val|valid|validation", "test|testing")
-    }
-    train, val, test = parts.values()
-    splits = {"train": train, "val": val or test}
-    return splits if all(splits.values()) else {}
-
-
-def holds_classes(look: Look, prefix: str) -> bool:
-    """Whether two or more folders of `prefix` hold images."""
-    return sum(1 for name in look(prefix)[0] if images_in(look, join(prefix, name))) >= 2
-
-
-# %% The listing
-@dataclass
-class Listing:
-    """Which images there are, and what is on them. The label of a class is its place in `keys`."""
-
-    root: Path  # a folder or a .zip
-    keys: list[str]  # names of the class folders, sorted
-    classes: list[str]  # their names for people, all different
-    splits: dict[str, tuple[list[str], np.ndarray]]  # "train", "val": names below the root, labels int64 [N]
-
-
-def list_images(path: Path, val_fraction: float = 0.2) -> Listing:
-    """List the images below `path`, a folder or a .zip, in any layout this program knows.
-
-    `val_fraction` of every class becomes validation where there is no folder for it, the same each time.
-    Raises BadInput where there are no images, or a class has too few or stands in one split only.
-    """
-    look = look_into(path)
-    prefixes = ["", *look("")[0]]
-    prefix = next((prefix for prefix in prefixes if find_splits(look, prefix)), None)
-    if prefix is not None:
-        folders = {split: gather(look, parts) for split, parts in find_splits(look, prefix).items()}
-        if odd := sorted(folders["train"].keys() ^ folders["val"].keys()):
-            raise BadInput(
-                f"{path}: class {', '.join(odd[:5])} in only one of train and val; add or remove folders"
-            )
-    else:
-        holding = [prefix for prefix in prefixes if holds_classes(look, prefix)]
-        if not holding:
-            raise BadInput(unknown_form(path))
-        prefix = holding[0]
-        if prefix and len(holding) > 1:
-            raise BadInput(
-                f"{path}: class folders in {', '.join(holding[:5])}, expected train/ with val/ or test/, or "
-                "one of them alone; rename them, or name the one to use"
-            )
-        folders = {"train": gather(look, [prefix])}
-    keys = sorted(folders["train"])
-    if len(keys) < 2:
-        raise BadInput(f"{path}: the only class is {keys[0]}, expected two or more; add folders of others")
-    for split, images in folders.items():
-        if empty := [key for key in keys if not images[key]]:
-            raise BadInput(
-                f"{path}: class {empty[0]} has no image in {split}, expected one or more "
-                f"({', '.join(IMAGE_SUFFIXES)}); fill its folder or remove it"
-            )
-    if "val" not in folders:
-        folders = divide(path, folders["train"], val_fraction)
-    splits = {}
-    for split, images in folders.items():
-        labels = np.repeat(np.arange(len(keys)), [len(images[key]) for key in keys])
-        splits[split] = [name for key in keys for name in images[key]], labels
-    titles = read_titles(path, prefix) if "Labels.json" in look(prefix)[1] else {}
-    return Listing(path, keys, named(keys, titles), splits)
-
-
-def gather(look: Look, parts: list[str]) -> dict[str, list[str]]:
-    """The image files of every class in `parts`, the folders that hold class folders."""
-    classes: dict[str, list[str]] = {}
-    for part in parts:
-        for key in look(part)[0]:
-            classes.setdefault(key, []).extend(images_in(look, join(part, key)))
-    return classes
-
-
-def divide(path: Path, images: dict[str, list[str]], val_fraction: float) -> dict[str, dict[str, list[str]]]:
-    """Set `val_fraction` of every class aside, at least one image, and leave at least one."""
-    if not 0 < val_fraction < 1:
-        raise BadInput(
-            f"--val-fraction {val_fraction}: expected a fraction between 0 and 1; 0.2 keeps a fifth"
-        )
-    rng = np.random.default_rng(0)
-    splits: dict[str, dict[str, list[str]]] = {"train": {}, "val": {}}
-    for key, names in sorted(images.items()):
-        if len(names) < 2:
-            raise BadInput(
-                f"{path}: class {key} has one image, expected two or more, since one trains and one "
-                f"validates; add images or remove the folder"
-            )
-        count = min(max(1, round(val_fraction * len(names))), len(names) - 1)
-        chosen = set(rng.permutation(len(names))[:count].tolist())
-        splits["val"][key] = [name for row, name in enumerate(names) if row in chosen]
-        splits["train"][key] = [name for row, name in enumerate(names) if row not in chosen]
-    return splits
-
-
-def unknown_form(path: Path) -> str:
-    """The sentence that refuses a path without class folders."""
-    return (
-        f"{path}: no known form of data, expected train/<class>/ with val/<class>/ or test/<class>/, "
-        f"Kaggle's train.X1 and so on with val.X, one folder for each of two or more classes, a .zip of any, "
-        f"or train_images.npy and its fellows; correct the path or arrange the images so"
-    )
-
-
-# %% Names for people
-def read_titles(root: Path, prefix: str) -> dict[str, str]:
-    """Read Kaggle's Labels.json: {folder: "name, synonym, ..."}. Raises BadInput where it is not that."""
-    name = join(prefix, "Labels.json")
-    try:
-        with Files(root) as files:
-            titles = json.loads(files.read(name))
-        if not isinstance(titles, dict) or not all(isinstance(title, str) for title in titles.values()):
-            raise ValueError("not a table of names")
-    except DAMAGE as error:
-        raise BadInput(
-            f"{root / name}: expected {{folder: name}} in JSON ({one_line(error)}); mend or remove it"
-        ) from error
-    return titles
-
-
-def named(keys: list[str], titles: dict[str, str]) -> list[str]:
-    """The first synonym of each class, else its folder's name; equal ones (two cranes) get their key too."""
-    names = [titles.get(key, "").partition(",")[0].strip() or key for key in keys]
-    return [
-        f"{name} ({key})" if names.count(name) > 1 else name for key, name in zip(keys, names, strict=True)
-    ]
-
-
-# %% Read one file of many
-LARGEST_FILE = 64 << 20  # bytes; a photograph of 90 megapixels takes about 40 MB
-
-
-class Files:
-    """The files below a folder or in a .zip, for many threads at once."""
-
-    def __init__(self, root: Path):
-        self.root = root
-        self.archive = None if root.is_dir() else zipfile.ZipFile(root)
-
-    def read(self, name: str) -> bytes:
-        """One whole file. Raises ValueError over LARGEST_FILE, OSError or KeyError where there is none."""
-        if self.archive:
-            length = self.archive.getinfo(name).file_size
-            if length <= LARGEST_FILE:
-                return self.archive.read(name)
-        else:
-            with open(os.path.join(self.root, name), "rb", buffering=0) as file:
-                length = os.fstat(file.fileno()).st_size
-                if length <= LARGEST_FILE:
-                    return file.readall()
-        raise ValueError(f"{length} bytes, more than {LARGEST_FILE}")
-
-    def close(self) -> None:
-        if self.archive:
-            self.archive.close()
-
-    def __enter__(self) -> "Files":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-# %% Why crops are hashed, not drawn [markdown]
-# ### Which part of the picture
+# panel = None
+# if importlib.util.find_spec("ipywidgets") and os.environ.get("KAGGLE_KERNEL_RUN_TYPE") != "Batch":
+#     import ipywidgets
 #
-# Training shows a random part of every photograph, between 8 and 100 % of its area. Threads decode in any
-# order, so a generator would hand the same photograph another crop on every machine. Instead the numbers are
-# a *hash* of (seed, epoch, sample): whoever asks, whenever, gets the same crop, and a resumed run goes on
-# exactly where it was.
-
-
-# %% Numbers from a hash
-def mixed(numbers: np.ndarray) -> np.ndarray:
-    """One step of splitmix64 on uint64 [...]: every bit of the input changes half the bits of the output."""
-    numbers = numbers + np.uint64(0x9E3779B97F4A7C15)
-    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return numbers ^ (numbers >> np.uint64(31))
-
-
-def uniforms(seed: int, epoch: int, ids: np.ndarray, count: int) -> np.ndarray:
-    """`count` numbers in [0, 1) for each of the samples `ids`: float64 [len(ids), count]."""
-    state = mixed(np.array([seed % 2**64], dtype=np.uint64))
-    state = mixed(state + np.uint64(epoch))
-    state = mixed(state + np.asarray(ids).astype(np.uint64))
-    state = mixed(state[:, None] + np.arange(count, dtype=np.uint64))
-    return (state >> np.uint64(11)) * 2.0**-53
-
-
-# %% Boxes
-Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
-CROP_SCALE = (0.08, 1.0)  # share of the picture's area
-CROP_RATIO = (3 / 4, 4 / 3)  # width over height
-DRAWS = 40  # numbers a random box may need: ten tries of four
-
-
-def random_box(width: int, height: int, draws: np.ndarray) -> Box:
-    """A random part of a picture, as torchvision's RandomResizedCrop; `draws` are DRAWS numbers in [0, 1)."""
-    narrow, wide = CROP_RATIO
-    for share, shape, across, down in draws.reshape(-1, 4).tolist():
-        area = width * height * (CROP_SCALE[0] + share * (CROP_SCALE[1] - CROP_SCALE[0]))
-        ratio = narrow * (wide / narrow) ** shape
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = int(across * (width - w + 1)), int(down * (height - h + 1))
-            return left, top, left + w, top + h
-    w, h = min(width, round(height * wide)), min(height, round(width / narrow))
-    left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h
-
-
-def centre_box(width: int, height: int, share: float = 7 / 8) -> Box:
-    """The square in the middle whose side is `share` of the short side; 7/8 is 224 of 256."""
-    side = share * min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
-
-
-# %% Decode
-UNREADABLE = (
-    OSError,  # truncated, or not there
-    SyntaxError,  # what PIL raises for a file that is not of its kind
-    ValueError,
-    EOFError,
-    RuntimeError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-    zipfile.BadZipFile,
-    KeyError,  # what zipfile raises for a name that is not there
-    Image.DecompressionBombError,  # a frame larger than the picture it belongs to
-)
-FORMATS = {
-    b"\xff\xd8": JpegImageFile,
-    b"\x89PNG": PngImageFile,
-    b"GIF8": GifImageFile,
-    b"RIFF": WebPImageFile,
-    b"BM": BmpImageFile,
-}
-
-
-def orientation(exif: bytes) -> int:
-    """EXIF's orientation, 1 (upright) to 8; 1 where it says nothing that makes sense."""
-    tiff = exif.removeprefix(b"Exif\0\0")
-    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
-    if order and len(tiff) >= 10:
-        (start,) = struct.unpack_from(order + "I", tiff, 4)
-        count = int.from_bytes(tiff[start : start + 2], "little" if order == "<" else "big")
-        for at in range(start + 2, min(start + 2 + 12 * count, len(tiff) - 11), 12):
-            tag, _, _, value = struct.unpack_from(order + "HHIH", tiff, at)
-            if tag == 0x112:
-                return value if 1 <= value <= 8 else 1
-    return 1
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """The picture in RGB: palettes looked up, transparency dropped, 16 bits a pixel scaled to 8."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode == "P":
-        image = image.convert("RGBA")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-# %% Why only part of a JPEG is decoded [markdown]
-# ### Decoding no more than the crop needs
-#
-# Where the crop is at least twice as large as wanted, a JPEG is decoded at a half, a quarter or an eighth of
-# its size. The rows below the crop are not decoded at all: the file's head is told that the picture ends
-# there. And only the crop is resized.
-
-
-# %% A JPEG's head
-FRAME_MARKERS = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # the segment that tells height and width
-SCAN_MARKER, EXIF_MARKER, END = 0xDA, 0xE1, b"\xff\xd9"
-
-
-def jpeg_head(raw: bytes) -> tuple[int, int]:
-    """Where the frame's segment begins, and that of EXIF (0: none).
-
-    Raises OSError where the file is not whole: the decoder will not read so far as to notice.
-    """
-    at, exif = 2, 0
-    while at + 9 < len(raw) and raw[at] == 0xFF and raw[at + 1] != SCAN_MARKER:
-        marker = raw[at + 1]
-        if marker in FRAME_MARKERS:
-            if raw.rfind(END) < at:
-                break
-            return at, exif
-        if marker == EXIF_MARKER and raw.startswith(b"Exif", at + 4):
-            exif = exif or at
-        at += 1 if marker == 0xFF else 2 + int.from_bytes(raw[at + 2 : at + 4], "big")
-    raise OSError("a truncated or damaged JPEG")
-
-
-def begin_jpeg(raw: bytes, head: tuple[int, int], side: int, part: Box) -> tuple[JpegImageFile, int]:
-    """The JPEG, ready to decode what `part` needs, and the scale it is reduced by: 1, 2, 4 or 8."""
-    frame, exif = head
-    shrink = min(part[2] - part[0], part[3] - part[1]) / side
-    scale = next((scale for scale in (8, 4, 2) if shrink >= scale), 1)
-    height = int.from_bytes(raw[frame + 5 : frame + 7], "big")
-    rows = min(height, math.ceil(part[3]) + 2 * scale)  # colour is interpolated from the rows beyond
-    changed = bytearray(raw)
-    changed[frame + 5 : frame + 7] = rows.to_bytes(2, "big")
-    if exif:
-        changed[exif + 4 : exif + 8] = bytes(4)  # PIL would read it too, and warn where it is broken
-    image = JpegImageFile(io.BytesIO(changed))
-    image.draft(None, (image.width // scale, image.height // scale))
-    return image, scale
-
-
-# %% Decode a crop
-def resized(pixels: np.ndarray, side: int) -> np.ndarray:
-    """Resize uint8 [h, w, 3] to [side, side, 3], bilinear, antialiased, on this thread alone."""
-    batch = torch.from_numpy(np.array(pixels)).unsqueeze(0)  # first this, or torch misses the layout below
-    batch = batch.permute(0, 3, 1, 2)  # channels last, which it resizes twice as fast
-    batch = F.interpolate(batch, (side, side), mode="bilinear", antialias=True)
-    return batch.permute(0, 2, 3, 1)[0].numpy()
-
-
-def whole_pixels(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
-    """The box rounded to pixels of a picture of this size, at least one each way."""
-    left, top, right, bottom = (round(edge) for edge in box)
-    left, top = min(max(left, 0), width - 1), min(max(top, 0), height - 1)
-    return left, top, min(max(right, left + 1), width), min(max(bottom, top + 1), height)
-
-
-def crop(image: np.ndarray, side: int, box: Callable[[int, int], Box]) -> np.ndarray:
-    """One part of a picture, uint8 [H, W, 3], resized: uint8 [side, side, 3]; `box(W, H)` says which part."""
-    height, width = image.shape[:2]
-    left, top, right, bottom = whole_pixels(box(width, height), width, height)
-    return resized(image[top:bottom, left:right], side)
-
-
-def decode(raw: bytes, side: int, box: Callable[[int, int], Box]) -> np.ndarray:
-    """As `crop`, from a file's bytes; the picture is upright when the box is asked for.
-
-    Raises one of UNREADABLE.
-    """
-    kind = next((kind for start, kind in FORMATS.items() if raw.startswith(start)), None)
-    if kind is None:
-        raise ValueError(f"{len(raw)} bytes that are no JPEG, PNG, WebP, GIF or BMP")
-    if kind is JpegImageFile:
-        frame, at = head = jpeg_head(raw)
-        height, width = struct.unpack_from(">HH", raw, frame + 5)
-        exif = raw[at + 4 : at + 2 + int.from_bytes(raw[at + 2 : at + 4], "big")] if at else b""
-    else:
-        image = kind(io.BytesIO(raw))
-        (width, height), exif = image.size, image.info.get("exif", b"")
-    if not 0 < width * height <= Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{width}x{height} pixels, expected at most {Image.MAX_IMAGE_PIXELS}")
-    turned = orientation(exif)
-    flip_x, flip_y, swap = turned in (2, 3, 6, 7), turned in (3, 4, 7, 8), turned >= 5
-    part, scale = stored(width, height, box, flip_x, flip_y, swap), 1
-    if kind is JpegImageFile:
-        image, scale = begin_jpeg(raw, head, side, part)
-    # PIL's own resize lets other threads run; handing the whole crop to torch's, itself faster, would not.
-    part = tuple(edge / scale for edge in part)
-    pixels = np.asarray(as_rgb(image).resize((side, side), Image.Resampling.BILINEAR, box=part))
-    pixels = pixels.transpose(1, 0, 2) if swap else pixels
-    return pixels[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
-
-
-def stored(
-    width: int, height: int, box: Callable[[int, int], Box], flip_x: bool, flip_y: bool, swap: bool
-) -> Box:
-    """Where the box, drawn on the upright picture, lies in one of width x height as it is stored."""
-    width, height = (height, width) if swap else (width, height)
-    left, top, right, bottom = box(width, height)
-    if flip_x:
-        left, right = width - right, width - left
-    if flip_y:
-        top, bottom = height - bottom, height - top
-    return (top, left, bottom, right) if swap else (left, top, right, bottom)
-
-
-# %% Some rows of an array
-class Rows:
-    """Some rows of an array that stays on the disk; indexing copies no more than what is asked for."""
-
-    def __init__(self, array: np.ndarray, rows: np.ndarray):
-        self.array, self.rows = array, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: object) -> np.ndarray:
-        return self.array[self.rows[index]]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return len(self.rows), *self.array.shape[1:]
-
-
-# %% Photographs on the disk
-PICTURE = 96  # pixels, height and width of the plain pictures shown in the lessons
-KEEP = 1 << 30  # bytes of decoded validation pictures held in memory
-
-
-class Photos:
-    """Photographs on the disk; indexing gives plain pictures to look at, `view` what training sees."""
-
-    def __init__(self, files: Files, names: list[str]):
-        self.files, self.names = files, names
-        self.kept: dict[int, tuple[Tensor, Tensor, dict[int, str]]] = {}  # side -> rows, pictures, unreadable
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def view(self, index: int, side: int, box: Callable[[int, int], Box]) -> np.ndarray:
-        """One part of one photograph, uint8 [side, side, 3]. Raises one of UNREADABLE."""
-        return decode(self.files.read(self.names[index]), side, box)
-
-    def __getitem__(self, index: object) -> np.ndarray:
-        """Plain pictures, uint8 [..., PICTURE, PICTURE, 3]: the centre square; unreadable ones are grey."""
-        rows = np.arange(len(self))[index]
-        pictures = np.full((*rows.shape, PICTURE, PICTURE, 3), 128, dtype=np.uint8)
-        for place, row in np.ndenumerate(rows):
-            try:
-                pictures[place] = self.view(row, PICTURE, functools.partial(centre_box, share=1))
-            except UNREADABLE:
-                continue
-        return pictures
-
-
-# %% Why threads, and a chunk ahead [markdown]
-# ### Decoding beside training
-#
-# Decoding releases Python's lock, so threads are enough: no processes to start, nothing to send between them.
-# They work four batches ahead of the step, no further, since the gate should decide late, when it knows the
-# newest losses. What leaves this source depends on neither the number of threads nor their order.
-
-
-# %% Where photographs come from
-AHEAD = 4  # batches decoded before they are needed: about one chunk of the gate
-BLOCK = 8  # images a thread takes at a time
-
-
-class CropSource:
-    """Crops of images, decoded by threads, batch by batch; `view` makes them the model's input."""
-
-    def __init__(
-        self,
-        images: "np.ndarray | Photos",
-        labels: np.ndarray,
-        device: torch.device,
-        batch_size: int,
-        side: int,
-        view: Callable[[Tensor, torch.Generator], Tensor],
-        workers: int,
-        draw: bool,
-    ):
-        """`view(uint8 [B, side, side, 3] on the device, generator)`; `draw`: random crops, not the centre."""
-        self.images, self.device, self.batch_size = images, device, batch_size
-        self.labels = torch.as_tensor(labels).long().to(device)
-        self.side, self.view, self.workers, self.draw = side, view, workers, draw
-        self.generator = torch.Generator(device)
-        self.unreadable: dict[int, str] = {}  # index -> "name: reason"
-        self.moment = (0, 0)  # seed and epoch, which decide the crops
-
-    @property
-    def remedy(self) -> str:
-        """What to do where training waits for data."""
-        more = f"raise --workers, now {self.workers}, or " if self.workers < (os.cpu_count() or 1) else ""
-        packing = "pack the images once with python -m data_setup"
-        return more + (packing if isinstance(self.images, Photos) else "use a faster disk")
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def stream(self, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """For each batch of indices (int64 [B], CPU): those that could be read, their views, their labels."""
-        with closing(self._decoded(batches)) as decoded:
-            for indices, pictures in decoded:
-                yield indices, *self._ready(indices, pictures)
-
-    def in_order(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """All readable samples, for evaluation; photographs are decoded once if they fit into KEEP."""
-        kept = self.images.kept if isinstance(self.images, Photos) and not self.draw else {}
-        if self.side in kept:
-            rows, pictures, unreadable = kept[self.side]
-            self._refuse_if_many(unreadable)
-            for start in range(0, len(rows), self.batch_size):
-                part = slice(start, start + self.batch_size)
-                yield self._ready(rows[part], pictures[part])
-            return
-        size = len(self) * self.side**2 * 3
-        rows, pictures = [], torch.empty(0)
-        if isinstance(self.images, Photos) and not self.draw and size <= KEEP:
-            pictures = torch.empty((len(self), self.side, self.side, 3), dtype=torch.uint8)
-        with closing(self._decoded(torch.arange(len(self)).split(self.batch_size))) as decoded:
-            for indices, batch in decoded:
-                if len(pictures):
-                    pictures[sum(map(len, rows)) :][: len(batch)] = batch
-                rows.append(indices)
-                if len(indices):
-                    yield self._ready(indices, batch)
-        if len(pictures):
-            kept.clear()
-            found = torch.cat(rows)
-            kept[self.side] = found, pictures[: len(found)], dict(self.unreadable)
-
-    def _ready(self, indices: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Views and labels on the device."""
-        if not len(indices):
-            return torch.empty(0), torch.empty(0)
-        pictures = pictures.to(self.device, non_blocking=True)
-        rows = indices.to(self.device, non_blocking=True)
-        return self.view(pictures, self.generator), self.labels[rows]
-
-    def _decoded(self, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Indices that could be read and their pictures, uint8 [b, side, side, 3], in the order asked for."""
-        pool = ThreadPoolExecutor(self.workers, "decode")
-        waiting: deque[tuple[Tensor, Tensor, list[Future]]] = deque()
-        try:
-            for indices in batches:
-                waiting.append(self._begin(pool, indices))
-                if len(waiting) > AHEAD:
-                    yield self._finish(*waiting.popleft())
-            while waiting:
-                yield self._finish(*waiting.popleft())
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def _begin(self, pool: ThreadPoolExecutor, indices: Tensor) -> tuple[Tensor, Tensor, list[Future]]:
-        ids = indices.numpy()
-        boxes: list[Callable[[int, int], Box]] = [centre_box] * len(ids)
-        if self.draw:
-            boxes = [functools.partial(random_box, draws=row) for row in uniforms(*self.moment, ids, DRAWS)]
-        shape = (len(ids), self.side, self.side, 3)
-        pictures = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        target = pictures.numpy()
-
-        def work(start: int) -> dict[int, str]:
-            bad = {}
-            for place in range(start, min(start + BLOCK, len(ids))):
-                try:
-                    target[place] = self._crop(ids[place], boxes[place])
-                except UNREADABLE as error:
-                    bad[int(ids[place])] = f"{self._name(ids[place])}: {one_line(error)}"
-            return bad
-
-        return indices, pictures, [pool.submit(work, start) for start in range(0, len(ids), BLOCK)]
-
-    def _crop(self, index: int, box: Callable[[int, int], Box]) -> np.ndarray:
-        if isinstance(self.images, Photos):
-            return self.images.view(index, self.side, box)
-        return crop(self.images[index], self.side, box)
-
-    def _name(self, index: int) -> str:
-        return self.images.names[index] if isinstance(self.images, Photos) else f"image {index}"
-
-    def _finish(self, indices: Tensor, pictures: Tensor, parts: list[Future]) -> tuple[Tensor, Tensor]:
-        bad = {index: reason for part in parts for index, reason in part.result().items()}
-        if not bad:
-            return indices, pictures
-        self._refuse_if_many(bad)
-        good = ~torch.isin(indices, torch.tensor(list(bad)))
-        return indices[good], pictures[good]
-
-    def _refuse_if_many(self, bad: dict[int, str]) -> None:
-        self.unreadable.update(bad)
-        if len(self.unreadable) > 0.01 * len(self):
-            raise BadInput(
-                f"{len(self.unreadable)} of {len(self)} images: expected at most 1 % unreadable; replace or "
-                f"remove them (the first is {next(iter(self.unreadable.values()))})"
-            )
-
-
-# %% Why packed arrays are mapped [markdown]
-# ### Packed arrays
-#
-# Four `.npy` files and the names of the classes. They are mapped, not read: the operating system loads the
-# pages that are touched, so a set larger than memory opens at once, and a skipped picture is never loaded.
-# Out of a `.zip` they must be read whole.
-
-
-# %% Map packed arrays
-LARGEST_UNZIPPED = 4 << 30  # bytes of an array that is read whole
-
-
-def packed_array(folder: Path | zipfile.Path, name: str) -> np.ndarray:
-    """An array of packed data, mapped from a folder, or read out of a .zip. Raises one of DAMAGE."""
-    file = folder / f"{name}.npy"
-    if isinstance(folder, Path):
-        return np.lib.format.open_memmap(file, mode="r")  # unlike np.load it never takes pickled objects
-    with file.open("rb") as stream:
-        size = file.root.getinfo(file.at).file_size
-        if size > LARGEST_UNZIPPED:
-            raise ValueError(f"{size} bytes inside a .zip, where they cannot be mapped: unpack it first")
-        return np.lib.format.read_array(stream, allow_pickle=False)
-
-
-def read_packed(path: Path | zipfile.Path, size: int) -> ImageData:
-    """Open packed arrays. Raises BadInput where one is missing, damaged, or of the wrong shape."""
-    arrays = {}
-    for name in PACKED:
-        try:
-            arrays[name] = packed_array(path, name)
-        except DAMAGE as error:
-            raise BadInput(
-                f"{path / name}.npy: expected a whole array ({one_line(error)}); pack it again"
-            ) from error
-    classes = class_names(path / "classes.json")
-    for split in ("train", "val"):
-        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-        square = images.ndim == 4 and images.shape[2:] == (images.shape[1], 3) and images.size > 0
-        square = square and images.dtype == np.uint8
-        if not square or labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-            raise BadInput(
-                f"{path}: {split} images are {images.dtype} {list(images.shape)} and labels {labels.dtype} "
-                f"{list(labels.shape)}, expected uint8 [N, S, S, 3] and int64 [N]; pack them again"
-            )
-        if labels.min() < 0 or labels.max() >= len(classes):
-            raise BadInput(
-                f"{path}: {split} labels run from {labels.min()} to {labels.max()}, expected 0 to "
-                f"{len(classes) - 1} for {len(classes)} classes; correct the labels or the list of classes"
-            )
-        arrays[f"{split}_labels"] = labels.astype(np.int64)
-    rows = balanced_subset(arrays["train_labels"], size, len(classes))
-    subset = Rows(arrays["train_images"], rows) if size else arrays["train_images"]
-    arrays |= {"train_images": subset, "train_labels": arrays["train_labels"][rows]}
-    return ImageData(Path(str(path)).stem, False, classes, **arrays, source=str(path))
-
-
-# %% Read a path
-IMAGENET_KEY = re.compile(r"n\d{8}")  # how ImageNet names its classes
-
-
-def is_packed(path: Path | zipfile.Path) -> bool:
-    return any((path / f"{name}.npy").is_file() for name in PACKED)
-
-
-def read_path(path: Path, settings: "Settings") -> ImageData:
-    """Read the data at `path`, in any form, or in a folder of it. Raises BadInput if there is none."""
-    zipped = path.is_file() and path.suffix.lower() == ".zip"
-    try:
-        root = zipfile.Path(path) if zipped else path
-        inner = [entry for entry in root.iterdir() if entry.is_dir()] if root.is_dir() else []
-        packed = next(filter(is_packed, (root, *sorted(inner, key=str))), None)
-    except DAMAGE as error:
-        raise BadInput(
-            f"--data {path}: expected {'a whole .zip' if zipped else 'a folder that can be read'} "
-            f"({one_line(error)}); copy or download it again, or check permissions"
-        ) from error
-    if packed:
-        return read_packed(packed, settings.train_size)
-    if not path.is_dir() and not zipped:
-        found = "no folder and no .zip" if path.exists() else "no such path"
-        raise BadInput(
-            f"--data {path}: {found}, expected auto, imagenet100, shapes, or the path of a folder or "
-            f".zip with class folders, or of packed arrays; correct it"
-        )
-    listing = list_images(path, settings.val_fraction)
-    files = Files(path)
-    names, labels = listing.splits["train"]
-    rows = np.arange(len(names))[balanced_subset(labels, settings.train_size, len(listing.keys))]
-    val_names, val_labels = listing.splits["val"]
-    return ImageData(
-        name=path.stem,
-        synthetic=False,
-        classes=listing.classes,
-        train_images=Photos(files, [names[row] for row in rows]),
-        train_labels=labels[rows],
-        val_images=Photos(files, val_names),
-        val_labels=val_labels,
-        source=str(path),
-        keys=listing.keys,
-    )
-
-
-# %% Find ImageNet-100
-def holds_imagenet(path: Path) -> Path | None:
-    """`path` where a hundred classes named as ImageNet's lie, or packed arrays of a hundred; else None."""
-    if is_packed(path):
-        return path if len(class_names(path / "classes.json")) == 100 else None
-    keys = set(classes_in(path))
-    return path if len(keys) == 100 and all(map(IMAGENET_KEY.fullmatch, keys)) else None
-
-
-def holds_data(path: Path) -> Path | None:
-    """`path` where any split into class folders, or packed arrays, lie in it; else None."""
-    return path if is_packed(path) or classes_in(path) else None
-
-
-def classes_in(path: Path) -> list[str]:
-    """Names of the class folders of `path` where it is split, told without listing their images; else []."""
-    if not path.is_file() and not any((path / name).is_dir() for name in ("train", "train.X1")):
-        return []  # and so a folder of a million files costs two questions
-    look = look_into(path)
-    prefixes = ["", *look("")[0]] if path.is_file() else [""]
-    splits = next(filter(None, (find_splits(look, prefix) for prefix in prefixes)), {})
-    return [key for part in splits.get("train", ()) for key in look(part)[0]]
-
-
-def read_data(settings: "Settings", say: Callable[[str], None]) -> ImageData:
-    """Load what `settings.data` names: "auto", "imagenet100", "shapes" or a path; `say` tells what was found.
-
-    Reads `data`, `data_dir`, `train_size` (0: all) and `val_fraction`. Raises BadInput, in one sentence.
-    """
-    if settings.data == "shapes":
-        return drawn(settings.train_size)
-    if settings.data not in ("auto", "imagenet100"):
-        data = read_path(Path(settings.data).expanduser(), settings)
-        data.name = Path(os.path.abspath(Path(settings.data).expanduser())).stem
-        return data
-    folder = Path(settings.data_dir).expanduser()
-    test = holds_data if settings.data == "auto" else holds_imagenet
-    found = search(folder, test, "imagenet")
-    if not found and settings.data == "auto" and folder.is_dir() and holds_classes(look_into(folder), ""):
-        found = folder
-    for holds in (holds_imagenet, test):  # of several inputs ImageNet-100, if it is one of them
-        found = found or search(KAGGLE_INPUT, holds, "imagenet")
-    if not found:
-        raise BadInput(
-            f"--data {settings.data}: not found in {folder} nor in {KAGGLE_INPUT}, expected ImageNet-100 in "
-            f"one of them; attach ambityga/imagenet100 to the notebook on Kaggle, or make it with python -m "
-            f"data_setup imagenet100 make from an ILSVRC-2012 tree, or name a PATH"
-        )
-    data = read_path(found, settings)
-    data.name = "imagenet100" if holds_imagenet(found) else found.stem
-    say(f"{data.name}: found in {found}")
-    return data
-
-
-# %% Where training starts [markdown]
-# ## The model
-#
-# Any classifier of torchvision, with as many outputs as there are classes. Starting from weights that were
-# trained on ImageNet is what makes fine-tuning short; only what has another shape, the last layer, starts
-# anew. Weights that cannot be had are an error: a model that silently began at random would learn far less,
-# and no figure of the run would say why.
-
-
-# %% Find the weights
-def find_weights(settings: Settings, say: Callable[[str], None]) -> Path | None:
-    """The file of the weights that `settings.weights` names, downloaded where it must be; None for none.
-
-    Raises BadInput where there is no such file, or no way to get it.
-    """
-    if settings.weights == "none":
-        return None
-    if settings.weights != "imagenet":
-        path = Path(settings.weights).expanduser()
-        if not path.is_file():
-            raise BadInput(f"--weights {path}: expected imagenet, none or a file; correct the path")
-        return path
-    versions = published_weights(settings.model)
-    cache, own = Path(torch.hub.get_dir()) / "checkpoints", Path(settings.data_dir).expanduser()
-    names = [url.rpartition("/")[2] for url in versions]
-
-    def in_folder(folder: Path) -> Path | None:
-        return next((folder / name for name in names if (folder / name).is_file()), None)
-
-    if found := in_folder(cache) or search(own, in_folder) or search(KAGGLE_INPUT, in_folder):
-        return found
-    say(f"downloading {versions[0]} to {cache}")
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        expected = re.search(r"-([0-9a-f]{8,})\.", names[0])  # torchvision's names end with their SHA-256
-        torch.hub.download_url_to_file(versions[0], str(cache / names[0]), expected and expected[1], False)
-    except (OSError, RuntimeError) as error:
-        raise BadInput(
-            f"--weights imagenet: {names[0]} is not in {cache}, {own} or {KAGGLE_INPUT}, and {versions[0]} "
-            f"cannot be downloaded ({one_line(error)}); put the file into {own}, attach a data set with it, "
-            "switch the internet on, or start without: --weights none"
-        ) from error
-    return cache / names[0]
-
-
-def published_weights(model: str) -> list[str]:
-    """Addresses of the weights that torchvision publishes for a model, its default first. Raises BadInput."""
-    known = torchvision.models.list_models(module=torchvision.models)
-    if model not in known:
-        close = difflib.get_close_matches(model, known, 3, 0.4) or ["resnet18", "resnet50"]
-        raise BadInput(f"--model {model}: expected a classifier of torchvision, such as {', '.join(close)}")
-    versions = torchvision.models.get_model_weights(model)
-    return list(dict.fromkeys([versions.DEFAULT.url, *(version.url for version in versions)]))
-
-
-# %% Read the weights
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from a file, runs no code from it. Raises BadInput where it holds none."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (*DAMAGE, pickle.UnpicklingError, AttributeError, LookupError, TypeError) as error:
-        raise BadInput(
-            f"--weights {path}: expected a state dict saved by torch ({one_line(error)}); save "
-            "model.state_dict() with torch.save"
-        ) from error
-    for key in ("state_dict", "model"):  # how training programs wrap it
-        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise BadInput(f"--weights {path}: expected a state dict, found {type(state).__name__}; save one")
-    # DenseNets are published with names that torchvision no longer uses: norm.1 for norm1.
-    old = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
-    return {old.sub(r"\1\2", name.removeprefix("module.")): value for name, value in state.items()}
-
-
-def fit(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """The part of `state` that fits the model, and the names in the model that it leaves out."""
-    own = model.state_dict()
-    if isinstance(model, torchvision.models.VisionTransformer) and "encoder.pos_embedding" in state:
-        place = model.image_size, model.patch_size  # positions belong to one size of image
-        with contextlib.suppress(ValueError):  # of no square grid: left as they are, so told to be new
-            state = torchvision.models.vision_transformer.interpolate_embeddings(*place, OrderedDict(state))
-    fitting = OrderedDict(
-        (name, v) for name, v in state.items() if name in own and v.shape == own[name].shape
-    )
-    fitting._metadata = own._metadata  # MNASNet asks for its version
-    return fitting, [name for name in own if name not in fitting and not name.endswith("num_batches_tracked")]
-
-
-# %% Build the model
-NO_AUXILIARY = {"googlenet", "inception_v3"}  # in training they return more than logits unless told
-
-
-def bare_model(settings: Settings, classes: int) -> nn.Module:
-    """A classifier of torchvision with `classes` outputs and random weights.
-
-    Raises BadInput for a name that is none, or images of a size that it cannot take.
-    """
-    name, side = settings.model, settings.image_size
-    published_weights(name)
-    options = {"aux_logits": False, "init_weights": True} if name in NO_AUXILIARY else {}
-    options |= {"transform_input": settings.weights != "none"} if name in NO_AUXILIARY else {}
-    options |= {"image_size": side} if name.startswith("vit_") else {}
-    try:
-        model = torchvision.models.get_model(name, num_classes=classes, **options)
-        with torch.no_grad():  # shapes alone, nothing is computed
-            copy.deepcopy(model).to("meta").eval()(torch.empty(2, 3, side, side, device="meta"))
-    except (RuntimeError, AssertionError) as error:
-        raise BadInput(
-            f"--image-size {side}: expected a size that {name} takes ({one_line(error)}); 224 is usual"
-        ) from error
-    return model
-
-
-def build_model(settings: Settings, classes: int) -> nn.Module:
-    """The model and weights that the settings name, from images [B, 3, S, S] to logits [B, classes].
-
-    Raises BadInput for weights that are not there or belong to another model.
-    """
-    model = bare_model(settings, classes)
-    if path := find_weights(settings, lambda line: None):
-        state, missing = fit(model, read_weights(path))
-        if sum(value.numel() for value in state.values()) < 0.5 * sum(v.numel() for v in model.parameters()):
-            raise BadInput(
-                f"--weights {path}: expected those of {settings.model}, of whose tensors {len(missing)} are "
-                f"not there or have another shape, first {missing[0]}; choose the --model they belong to"
-            )
-        model.load_state_dict(state, strict=False)
-    if settings.grad_checkpoint:
-        recompute(model)
-    if settings.compile:
-        compile_model(settings, model)
-    return model.to(memory_format=torch.channels_last)
-
-
-# %% Load data and weights
-def load_data(settings: Settings, say: Callable[[str], None]) -> ImageData:
-    """What a run stands on: the images that `settings.data` names, and weights that can be had; says which.
-
-    Raises BadInput, in one sentence.
-    """
-    for flag_name, used in (("--data", settings.data), ("--weights", settings.weights)):
-        place = Path(used).expanduser().resolve()
-        if place.exists() and Path(settings.out).resolve() in place.parents and not settings.resume:
-            raise BadInput(
-                f"{flag_name} {used}: lies in --out {settings.out}, expected a place that a run does not "
-                "rename; copy it, or choose another --out"
-            )
-    data = read_data(settings, say)
-    path = find_weights(settings, say)
-    if path is None:
-        say(f"weights: none, {settings.model} starts at random")
-    else:
-        _, missing = fit(bare_model(settings, len(data.classes)), read_weights(path))
-        new = f"; new, since it holds none of their shape: {', '.join(missing)}" if missing else ""
-        say(f"weights: {path}{new}")
-    return data
-
-
-# %% Memory against time [markdown]
-# ### Memory against time
-#
-# Training keeps every layer's output for the backward pass. With `--grad-checkpoint` each block keeps its
-# input alone and computes the rest a second time: one more forward pass, for a fraction of the memory. Batch
-# norm must not count a batch twice, so its running statistics stand still the second time.
-
-
-# %% Blocks that compute twice
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The children of a model's sequences, such as the residual blocks of each stage of a ResNet."""
-    parts = [p for c in model.children() for p in ([c] if isinstance(c, nn.Sequential) else c.children())]
-    stages = [part for part in parts if isinstance(part, nn.Sequential)]
-    return [block for stage in stages for block in stage if any(True for _ in block.parameters())]
-
-
-def recompute(model: nn.Module) -> None:
-    """Makes each block of a model keep its input only, and compute the rest again in the backward pass.
-
-    Raises BadInput for a model that is not made of such blocks.
-    """
-    blocks = blocks_of(model)
-    held = sum(weight.numel() for block in blocks for weight in block.parameters())
-    if held < 0.5 * sum(weight.numel() for weight in model.parameters()):
-        raise BadInput(
-            f"--grad-checkpoint: expected a network of sequences of blocks, such as resnet50, not "
-            f"{type(model).__name__}; leave it out"
-        )
-    for block in blocks:
-        contexts = functools.partial(second_pass, block)
-        block.forward = functools.partial(
-            torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False, context_fn=contexts
-        )
-
-
-def second_pass(block: nn.Module) -> tuple[contextlib.nullcontext, contextlib.AbstractContextManager]:
-    return contextlib.nullcontext(), still_statistics(block)
-
-
-@contextmanager
-def still_statistics(block: nn.Module) -> Iterator[None]:
-    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    kept = [(norm, norm.momentum) for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum in kept:
-            norm.momentum = momentum
-
-
-def compile_model(settings: Settings, model: nn.Module) -> None:
-    """Compiles the model in place. Raises BadInput where that cannot work."""
-    device = torch.device(settings.device)
-    reason = ""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
-        reason = f"Triton has no code for {torch.cuda.get_device_name(device)}"
-    elif device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
-        reason = "there is no C++ compiler"
-    elif settings.grad_checkpoint:
-        reason = "--grad-checkpoint does what it cannot follow"
-    elif not torch._dynamo.is_dynamo_supported():
-        reason = f"torch {torch.__version__} does not compile under Python {platform.python_version()}"
-    if reason:
-        raise BadInput(f"--compile: expected a device it can work on, but {reason}; leave it out")
-    model.compile()
-
-
-# %% Views and the recipe [markdown]
-# ## Views and the recipe
-#
-# A *view* is what the model sees of an image. Cropping belongs to decoding, above: a thread draws the crop,
-# and a JPEG need not be decoded finer than the crop asks for. All else is done for the whole batch at once on
-# the training device: flip, colours, and a rectangle erased now and then.
-
-# %% Views
-PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of ImageNet, 0 to 255
-
-
-def normalise(images: Tensor) -> Tensor:
-    """[B, H, W, 3], 0 to 255, to float [B, 3, H, W] of about zero mean and unit variance, channels last."""
-    mean, std = pixel_statistics(images.device)
-    return ((images - mean) / std).permute(0, 3, 1, 2)
-
-
-@functools.cache
-def pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each colour, copied to the device once: a copy in every step would wait."""
-    return torch.tensor(PIXEL_MEAN, device=device), torch.tensor(PIXEL_STD, device=device)
-
-
-def plain_view(images: Tensor, generator: torch.Generator) -> Tensor:
-    """The view for evaluation: nothing drawn."""
-    return normalise(images)
-
-
-def augment(images: Tensor, generator: torch.Generator, jitter: float, erase: float) -> Tensor:
-    """A random flip, change of colours and erased rectangle, per sample.
-
-    images: uint8 [B, H, W, 3] on the device of the generator. Returns float [B, 3, H, W].
-    """
-    drawn = torch.rand(9, len(images), 1, 1, 1, generator=generator, device=images.device)
-    images = torch.where(drawn[0] < 0.5, images.flip(2), images).float()
-    if jitter:
-        images = change_colours(images, 1 + jitter * (2 * drawn[1:4] - 1))
-    views = normalise(images)
-    return erase_rectangle(views, drawn[4:9], erase) if erase else views
-
-
-def change_colours(images: Tensor, factors: Tensor) -> Tensor:
-    """Scales brightness, contrast and saturation by `factors` [3, B, 1, 1, 1]; images float [B, H, W, 3]."""
-    brightness, contrast, saturation = factors
-    grey = images.mean(3, keepdim=True)
-    middle = grey.mean((1, 2), keepdim=True)
-    images = grey + (images - grey) * saturation
-    return ((images - middle) * contrast + middle).mul_(brightness).clamp_(0, 255)
-
-
-def erase_rectangle(views: Tensor, drawn: Tensor, share: float) -> Tensor:
-    """Zeroes a rectangle of 2 to 33 % of the area in a share of the views [B, 3, H, W].
-
-    drawn: uniform [5, B, 1, 1, 1]. Zhong et al. 2020, Random Erasing Data Augmentation.
-    """
-    chance, size, shape, top, left = (part.view(-1, 1, 1, 1) for part in drawn)
-    height, width = views.shape[2:]
-    area, ratio = 0.02 + 0.31 * size, torch.exp(math.log(0.3) * (2 * shape - 1))  # sides from 0.3 to 3.3
-    tall, broad = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-    rows = (torch.arange(height, device=views.device)[:, None] + 0.5) / height - top * (1 - tall)
-    columns = (torch.arange(width, device=views.device) + 0.5) / width - left * (1 - broad)
-    inside = (rows >= 0) & (rows < tall) & (columns >= 0) & (columns < broad) & (chance < share)
-    return views.masked_fill_(inside, 0.0)  # a copy would lose channels last
-
-
-# %% The recipe
-def sources(settings: Settings, data: ImageData, device: torch.device) -> "tuple[Source, Source]":
-    """Where training and validation samples come from: crops, decoded when they are asked for."""
-    view = functools.partial(augment, jitter=settings.jitter, erase=settings.erase)
-    place = device, settings.batch_size, settings.image_size
-    train = CropSource(data.train_images, data.train_labels, *place, view, settings.workers, draw=True)
-    val = CropSource(data.val_images, data.val_labels, *place, plain_view, settings.workers, draw=False)
-    return train, val
-
-
-def default_recipe(device: torch.device, dtype: torch.dtype | None) -> dict[str, object]:
-    """What the device decides of the training; a CPU gets a smaller network, smaller images, less time."""
-    workers = {"workers": min(8, os.cpu_count() or 1)}
-    if device.type == "cuda":
-        return workers | {"model": "resnet50", "image_size": 224, "epochs": 20, "batch_size": 128}
-    return workers | {"model": "resnet18", "image_size": 128, "epochs": 8, "batch_size": 64}
-
-
-def recipe(settings: Settings, model: nn.Module) -> tuple[torch.optim.Optimizer, nn.Module]:
-    """SGD with momentum for networks with batch norm, AdamW for others; a per-sample cross-entropy.
-
-    On pretrained weights a new last layer learns HEAD_RATE times faster than the rest, which needs less.
-    """
-    convolutional = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    pretrained = settings.weights != "none"
-    peak = {(True, True): 0.02, (True, False): 0.1, (False, True): 1e-4, (False, False): 1e-3}
-    rate = settings.lr or peak[convolutional, pretrained] * (settings.batch_size / 128) ** 0.5
-    head = set(map(id, head_of(model)[1].parameters()))
-    faster = HEAD_RATE if has_new_head(settings, model) else 1
-    groups = []
-    for new in (False, True):
-        for decayed in (True, False):
-            chosen = [p for p in model.parameters() if (id(p) in head) is new and (p.ndim > 1) is decayed]
-            own = {"weight_decay": settings.weight_decay * decayed, "lr": rate * (faster if new else 1)}
-            wait = {"first_epoch": settings.head_epochs} if settings.head_epochs and not new else {}
-            groups.append({"params": chosen} | own | wait)
-    groups = [group for group in groups if group["params"]]
-    if convolutional:
-        optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True, fused=True)
-    else:
-        optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)
-    return optimizer, nn.CrossEntropyLoss(reduction="none", label_smoothing=settings.label_smoothing)
-
-
-HEAD_RATE = 10  # times the learning rate of the rest
-
-
-def has_new_head(settings: Settings, model: nn.Module) -> bool:
-    """Whether the weights serve all of the model but its last layer, their classes being others."""
-    path = find_weights(settings, lambda line: None)
-    name, head = head_of(model)
-    known = read_weights(path).get(f"{name}.weight") if path else head.weight
-    return known is None or known.shape != head.weight.shape
-
-
-def head_of(model: nn.Module) -> tuple[str, nn.Module]:
-    """Name and module of a classifier's last layer, the one that makes its logits."""
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
-
-
-# %% What a skeptic asks [markdown]
-# ### What a skeptic asks of fine-tuning
-#
-# Was there anything left to learn? Two cheap answers stand beside the results. *Untrained*: the accuracy of
-# the weights as they came, where their classes include yours. *Linear probe*: everything frozen, only a new
-# last layer trained, on features computed once. Where a probe comes near the fine-tuned model, fine-tuning
-# bought little, whoever selected its samples.
-
-
-# %% References
-AMBIGUOUS = {"crane", "maillot"}  # ImageNet has two classes of each of these names
-
-
-def untrained(
-    settings: Settings, data: ImageData, say: Callable[[str], None], stopping: Callable[[], bool]
-) -> dict[str, object]:
-    """Accuracy of the weights before any training, percent, on the classes that they know, and what to say.
-
-    None, and nothing to say, without pretrained weights or with `--no-probe`.
-    """
-    path = find_weights(settings, say) if settings.probe else None
-    if path is None:
-        return {"accuracy": None, "words": ""}
-    state = read_weights(path)
-    last = state.get(head_of(bare_model(settings, 2))[0] + ".weight")
-    if last is None:
-        return {"accuracy": None, "words": f"{path} holds no last layer"}
-    model = bare_model(settings, outputs := len(last))
-    model.load_state_dict(fit(model, state)[0], strict=False)
-    names = published_classes(settings.model) if outputs == 1000 else data.classes
-    known = {name: column for column, name in enumerate(names) if name not in AMBIGUOUS}
-    pairs = [(label, known[name]) for label, name in enumerate(data.classes) if name in known]
-    if outputs not in (1000, len(data.classes)) or len(pairs) < 2:
-        words = f"not measured, the weights' {outputs} classes having other names than the data's"
-        return {"accuracy": None, "words": words}
-    labels, columns = (torch.tensor(part, device=settings.device) for part in zip(*pairs, strict=True))
-    right = asked = 0
-    for logits, truth in passes(settings, model, data, stopping):
-        mine = torch.isin(truth, labels)
-        right += int((labels[logits[mine][:, columns].argmax(1)] == truth[mine]).sum())
-        asked += int(mine.sum())
-    accuracy = 100 * right / max(1, asked)
-    words = f"{accuracy:.2f} % before any training, "
-    if outputs == 1000:
-        words += f"on {len(pairs)} of {len(data.classes)} classes, by name"
-    else:  # nothing in the file says which they are
-        words += f"if the {outputs} classes of the weights are those of the data, in their order"
-    return {"accuracy": accuracy, "classes": len(pairs), "words": words}
-
-
-def published_classes(model: str) -> list[str]:
-    """The names of ImageNet's 1,000 classes, in the order of torchvision's weights."""
-    return torchvision.models.get_model_weights(model).DEFAULT.meta["categories"]
-
-
-@torch.no_grad()
-def passes(
-    settings: Settings,
-    model: nn.Module,
-    data: ImageData,
-    stopping: Callable[[], bool],
-    training: bool = False,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Outputs and labels of a frozen model for the plain views of a split, batch by batch."""
-    device = torch.device(settings.device)
-    dtype = pick_dtype(settings.amp, device)
-    if training:
-        images = data.train_images
-        if isinstance(images, Photos):  # its own, so that what is decoded here is not kept
-            images = Photos(images.files, images.names)
-        data = replace(data, val_images=images, val_labels=data.train_labels)
-    model = model.to(device, memory_format=torch.channels_last).eval()
-    few = replace(settings, batch_size=min(64, settings.batch_size))
-    for images, labels in sources(few, data, device)[1].in_order():
-        if stopping():
-            return
-        with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-            outputs = model(images).float()
-        yield outputs, labels  # outside, or whoever asked would compute in half precision too
-
-
-def linear_probe(
-    settings: Settings, data: ImageData, say: Callable[[str], None], stopping: Callable[[], bool]
-) -> dict[str, object]:
-    """Accuracy of a new last layer on frozen weights, percent, and its seconds; None where `untrained` is."""
-    if settings.weights == "none" or not settings.probe:
-        return {"accuracy": None, "words": ""}
-    say("linear probe: features of all images, once")
-    began = time.perf_counter()
-    model = build_model(replace(settings, compile=False, grad_checkpoint=False), len(data.classes))
-    model.set_submodule(head_of(model)[0], nn.Identity())
-    splits = []
-    for training in (True, False):
-        parts = list(passes(settings, model, data, stopping, training))
-        if stopping():
-            return {}
-        splits.append([torch.cat(part) for part in zip(*parts, strict=True)])
-    (features, labels), (val_features, val_labels) = splits
-    mean, spread = features.mean(0), features.std(0) + 1e-6
-    features, val_features = (features - mean) / spread, (val_features - mean) / spread
-    layer = fit_last_layer(features, labels, len(data.classes))
-    with torch.no_grad():
-        accuracy = 100 * float((layer(val_features).argmax(1) == val_labels).float().mean())
-    seconds = time.perf_counter() - began
-    words = f"{accuracy:.2f} % with everything but a new last layer frozen, in {seconds:.1f} s"
-    return {"accuracy": accuracy, "seconds": seconds, "words": words}
-
-
-def fit_last_layer(features: Tensor, labels: Tensor, classes: int, epochs: int = 30) -> nn.Linear:
-    """Logistic regression on features [N, d] by AdamW; the same layer every time."""
-    generator = torch.Generator().manual_seed(0)
-    layer = nn.Linear(features.shape[1], classes).to(features.device)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=2e-3, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(labels), generator=generator).to(labels.device).split(256):
-            optimizer.zero_grad()
-            F.cross_entropy(layer(features[rows]), labels[rows]).backward()
-            optimizer.step()
-        schedule.step()
-    return layer
-
-
-REFERENCES = {"untrained": untrained, "linear probe": linear_probe}
-
-
-# %% Why shapes [markdown] tags=["shared"]
-# ### A data set that needs no download
-#
-# From here to the lessons, this program and its siblings share every line.
-#
-# A notebook without internet must still show something real, and a test of the gate needs to know the truth
-# about every sample. Photographs offer neither, so we draw: ten kinds of figure, coloured, textured, rotated,
-# on a cluttered ground. Each training sample is drawn to be
-#
-# - **easy** (60 %): large, in strong contrast, little clutter;
-# - **hard** (35 %): two of low contrast, small, half covered, heavy clutter;
-# - **mislabelled** (5 %): easy to see, but the label is wrong. Its loss stays high whatever the model learns,
-#   so a gate that trusts the loss alone keeps paying for it.
-#
-# Validation labels are all right.
-
-
-# %% Figures as distances tags=["shared"]
-# Each figure is a signed distance: negative inside, positive outside, y up, in units of the figure's
-# radius. One formula draws it at any size and angle with a smooth edge. No figure is another one's mirror
-# image, since training flips pictures.
-Outline = Callable[[np.ndarray, np.ndarray], np.ndarray]
-
-
-def arrow(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    head = np.maximum(0.707 * (np.abs(x) + y - 0.95), -0.05 - y)
-    shaft = np.maximum(np.abs(x) - 0.27, np.abs(y + 0.45) - 0.5)
-    return np.minimum(head, shaft)
-
-
-def crescent(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.maximum(np.hypot(x, y) - 0.95, 0.78 - np.hypot(x - 0.45, y))
-
-
-def heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    side = 0.46  # half the side of the square that stands on its corner, and the radius of both lobes
-    a, b = (x + y + 0.1) * 0.707, (y + 0.1 - x) * 0.707
-    lobes = np.minimum(np.hypot(a - side, b), np.hypot(a, b - side))
-    return np.minimum(np.maximum(np.abs(a), np.abs(b)), lobes) - side
-
-
-def hourglass(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.maximum(0.76 * (np.abs(x) - 0.85 * np.abs(y) - 0.05), np.abs(y) - 0.9)
-
-
-def plus(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    upright = np.maximum(np.abs(x) - 0.27, np.abs(y) - 0.92)
-    return np.minimum(upright, np.maximum(np.abs(y) - 0.27, np.abs(x) - 0.92))
-
-
-def star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    sector = 2 * np.pi / 5
-    angle = np.abs((np.arctan2(x, y) + sector / 2) % sector - sector / 2)  # fold five points into half a one
-    radius = np.hypot(x, y)
-    edge = np.array([0.42 * np.sin(sector / 2), 0.42 * np.cos(sector / 2) - 1.0])  # from the tip to the notch
-    normal = np.array([-edge[1], edge[0]], dtype=np.float32) / np.float32(np.hypot(*edge))
-    return radius * np.sin(angle) * normal[0] + (radius * np.cos(angle) - 1) * normal[1]
-
-
-FIGURES: dict[str, Outline] = {
-    "arrow": arrow,
-    "circle": lambda x, y: np.hypot(x, y) - 0.9,
-    "crescent": crescent,
-    "heart": heart,
-    "hourglass": hourglass,
-    "plus": plus,
-    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.72) - 0.2,
-    "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) - 0.78,
-    "star": star,
-    "triangle": lambda x, y: np.maximum(0.866 * np.abs(x) + 0.5 * y, -y) - 0.5,
-}
-
-# %% Why clutter and texture [markdown] tags=["shared"]
-# A flat figure on a flat ground is solved by counting coloured pixels. Texture and clutter take that short
-# cut away: stripes and blotches vary inside figure and ground alike, and loose strokes in any colour lie
-# around (and, on hard samples, one lies across).
-
-
-# %% Strokes and textures tags=["shared"]
-DRAWN_SIZE = 32  # pixels, height and width of a drawn image
-GRID_Y, GRID_X = (g.astype(np.float32) + 0.5 for g in np.mgrid[:DRAWN_SIZE, :DRAWN_SIZE])  # pixel centres
-
-
-def blotches(rng: np.random.Generator, n: int, cells: int) -> np.ndarray:
-    """Smooth noise, float32 [n, 32, 32], about -1 to 1: a coarse random grid, interpolated."""
-    coarse = rng.uniform(-1, 1, (n, cells + 1, cells + 1)).astype(np.float32)
-    at = (np.arange(DRAWN_SIZE, dtype=np.float32) + 0.5) * cells / DRAWN_SIZE
-    weight = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(cells + 1)))  # [32, cells + 1], linear hats
-    weight = weight.astype(np.float32)
-    return weight @ coarse @ weight.T
-
-
-def column(rng: np.random.Generator, n: int, low: float, high: float) -> np.ndarray:
-    """Uniform draws, float32 [n, 1, 1], one a picture."""
-    return rng.uniform(low, high, (n, 1, 1)).astype(np.float32)
-
-
-def stroke(rng: np.random.Generator, n: int, x: np.ndarray, y: np.ndarray, width: np.ndarray) -> np.ndarray:
-    """Coverage in [0, 1], float32 [n, 32, 32], of a random stroke a picture at (x, y); width in pixels."""
-    angle, half = column(rng, n, 0, np.pi), column(rng, n, 0, 12)
-    dx, dy = GRID_X - x, GRID_Y - y
-    along = np.clip(dx * np.cos(angle) + dy * np.sin(angle), -half, half)
-    distance = np.hypot(dx - along * np.cos(angle), dy - along * np.sin(angle))
-    return np.clip(0.5 + width / 2 - distance, 0, 1)
-
-
-def paint(canvas: np.ndarray, coverage: np.ndarray, colour: np.ndarray) -> np.ndarray:
-    """Lay colour [n, 3, 1 or 32, 1 or 32] over canvas [n, 3, 32, 32] where coverage [n, 32, 32] is 1."""
-    return canvas + coverage[:, None] * (colour - canvas)
-
-
-# %% Draw figures tags=["shared"]
-def draw(rng: np.random.Generator, figures: np.ndarray, hard: np.ndarray) -> np.ndarray:
-    """Draw one picture a row of `figures` (int64 [n]); `hard` is bool [n]. Returns uint8 [n, 32, 32, 3]."""
-    n = len(figures)
-    ranks = rng.random((n, 4)).argsort(axis=1)  # a hard picture gets two hardships of the four
-    low_contrast, small, covered, crowded = ((ranks < 2) & hard[:, None]).T[:, :, None, None]
-
-    def colours(low: float = 0, high: float = 1) -> np.ndarray:
-        return rng.uniform(low, high, (n, 3, 1, 1)).astype(np.float32)
-
-    ground, direction = colours(0.15, 0.85), rng.standard_normal((n, 3, 1, 1), dtype=np.float32)
-    contrast = np.where(low_contrast, np.float32(0.25), column(rng, n, 0.55, 0.8))  # distance in RGB
-    away = contrast[:, None] * direction / np.linalg.norm(direction, axis=1, keepdims=True)
-    away = np.where(np.abs(ground + away - 0.5) > 0.5, -away, away)  # stay inside [0, 1]
-    colour = ground + away
-
-    canvas = ground + colours(0, 0.24) * blotches(rng, n, 3)[:, None]
-    for index in range(7):
-        shown = crowded if index > 1 else column(rng, n, 0, 1) < 0.6 + 0.4 * crowded
-        x, y, width = column(rng, n, 0, 32), column(rng, n, 0, 32), column(rng, n, 1, 3.5)
-        canvas = paint(canvas, 0.8 * shown * stroke(rng, n, x, y, width), colours())
-
-    radius = np.where(small, column(rng, n, 5, 7), column(rng, n, 8, 12))
-    x, y = (16 + column(rng, n, -0.7, 0.7) * np.maximum(1, 15 - radius) for _ in range(2))
-    angle = column(rng, n, -0.3, 0.3) * (1 + 0.5 * hard[:, None, None].astype(np.float32))  # radians
-    dx, dy, cos, sin = GRID_X - x, GRID_Y - y, np.cos(angle) / radius, np.sin(angle) / radius
-    u, v = dx * cos + dy * sin, dx * sin - dy * cos
-    distance = np.empty_like(u)
-    for index, figure in enumerate(FIGURES.values()):
-        rows = figures == index
-        distance[rows] = figure(u[rows], v[rows])
-    stripes = np.sin(u * column(rng, n, 5, 14) + v * column(rng, n, -9, 9))
-    texture = np.where(column(rng, n, -1, 1) < 0, stripes, 1.5 * blotches(rng, n, 8))
-    depth = np.where(low_contrast, np.float32(0.04), column(rng, n, 0.03, 0.13))
-    canvas = paint(canvas, np.clip(0.5 - distance * radius, 0, 1), colour + (texture * depth)[:, None])
-
-    x, y = (centre + column(rng, n, -0.6, 0.6) * radius for centre in (x, y))
-    over = covered * stroke(rng, n, x, y, radius * column(rng, n, 0.4, 0.65))
-    canvas = paint(canvas, over, colours())
-    canvas += np.float32(0.03) * rng.standard_normal(canvas.shape, dtype=np.float32)
-    return (np.clip(canvas, 0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
-
-
-# %% Make the shapes set tags=["shared"]
-def shapes(n_train: int = 12_000, n_val: int = 2_000, seed: int = 0) -> ImageData:
-    """Draw the embedded ten-class set; the same seed gives the same bytes.
-
-    Returns n_train and n_val pictures; `difficulty` holds exactly 60 % easy, 35 % hard, 5 % mislabelled.
-    Raises BadInput where either count is below the ten classes.
-    """
-    count = len(FIGURES)
-    if min(n_train, n_val) < count:
-        raise BadInput(f"shapes with {min(n_train, n_val)} images: expected at least {count}, one a class")
-    rng = np.random.default_rng(seed)
-
-    def split(n: int, mislabelled: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        labels = rng.permutation(np.arange(n) % count)
-        hard = round(0.35 * n)
-        difficulty = rng.permutation(np.repeat([0, 1, 2], [n - hard - mislabelled, hard, mislabelled]))
-        blocks = [slice(i, i + 500) for i in range(0, n, 500)]  # blocks that stay in the processor's cache
-        images = np.concatenate([draw(rng, labels[b], difficulty[b] == 1) for b in blocks])
-        wrong = difficulty == 2
-        labels[wrong] = (labels[wrong] + rng.integers(1, count, mislabelled)) % count
-        return images, labels, difficulty.astype(np.uint8)
-
-    train_images, train_labels, difficulty = split(n_train, round(0.05 * n_train))
-    val_images, val_labels, _ = split(n_val, 0)
-    arrays = train_images, train_labels, val_images, val_labels
-    return ImageData("shapes", True, list(FIGURES), *arrays, f"the drawing seed {seed}", difficulty)
-
-
-# %% Why a subset is balanced [markdown] tags=["shared"]
-# ### Fewer samples, the same classes
-#
-# `--train-size` trades accuracy for time. The samples it keeps are the same on every run, and as many of
-# each class as the size allows, so that two runs at one size differ in what you changed and in nothing
-# else.
-
-
-# %% Pick a balanced subset tags=["shared"]
-def balanced_subset(labels: np.ndarray, size: int, classes: int) -> np.ndarray | slice:
-    """Choose `size` of the labels (int64 [N]), evenly over the classes; the same choice every time.
-
-    Returns sorted positions, or the whole slice where size is 0.
-    Raises BadInput where size is below the number of classes or above N.
-    """
-    if size == 0:
-        return slice(None)
-    if not classes <= size <= len(labels):
-        raise BadInput(
-            f"--train-size {size}: expected 0 (all) or a number from {classes} (one a class) to "
-            f"{len(labels)} (all there are); change it"
-        )
-    order = np.random.default_rng(0).permutation(len(labels))
-    by_class = order[np.argsort(labels[order], kind="stable")]
-    counts = np.bincount(labels, minlength=classes)
-    turn = np.empty(len(labels), dtype=np.int64)  # a sample's place in the queue of its class
-    turn[by_class] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.sort(
-        order[np.argsort(turn[order], kind="stable")[:size]]
-    )  # first of each class, then second, ...
-
-
-# %% Why readers share a little [markdown] tags=["shared"]
-# ### What every reader of data needs
-#
-# The names of packed arrays, a bounded search (inputs may be millions of files on a slow disk), and the
-# errors that a damaged file can raise.
-
-# %% What every reader needs tags=["shared"]
-PACKED = ["train_images", "train_labels", "val_images", "val_labels"]
-SPLITS = ("train", "val", "test")
-KAGGLE_INPUT = Path("/kaggle/input")  # holds <slug>/ and datasets/<owner>/<slug>/
-SEARCH_LEVELS = 5  # folders below a root
-SEARCH_ENTRIES = 20_000  # names read before a search gives up: inputs may be millions of files on a slow disk
-DAMAGE = (
-    OSError,
-    EOFError,
-    ValueError,
-    RuntimeError,
-    MemoryError,
-    zipfile.BadZipFile,
-    tarfile.TarError,
-    zlib.error,
-)
-
-
-def one_line(error: Exception) -> str:
-    """An error's own words on one line, since bad input gets one sentence."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def class_names(path: Path) -> list[str]:
-    """Read classes.json: a list of two or more different names. Raises BadInput otherwise."""
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))
-        if (
-            isinstance(names, list)
-            and all(isinstance(name, str) for name in names)
-            and 1 < len(names) == len(set(names))
-        ):
-            return names
-        problem = str(names)[:60]
-    except (OSError, ValueError) as error:
-        problem = one_line(error)
-    raise BadInput(
-        f"{path}: expected a list of two or more different class names ({problem}); write it again"
-    )
-
-
-def drawn(size: int) -> ImageData:
-    """Draw `shapes` with `size` training images (0: 12,000). Raises BadInput below one a class."""
-    if size and size < len(FIGURES):
-        raise BadInput(f"--train-size {size}: expected 0 (12,000) or {len(FIGURES)} and more; raise it")
-    return shapes(size or 12_000)
-
-
-def search(root: Path, test: Callable[[Path], Any], word: str | None = None) -> Any:
-    """Look for data in `root` and its folders, nearest first, bounded in depth and in names read.
-
-    test(path) is asked of every folder, and of every .zip with `word` in its name (None: of no .zip), and
-    answers None where it knows nothing. Returns the first answer that is not None, else None.
-    """
-    level, seen, budget = [root], set(), SEARCH_ENTRIES
-    for _ in range(SEARCH_LEVELS + 1):
-        below: list[Path] = []
-        for folder in level:
-            real = os.path.realpath(folder)
-            if real in seen:  # a link may lead back to a folder above it
-                continue
-            seen.add(real)
-            with contextlib.suppress(OSError, BadInput):  # not there, not ours to read, or somebody else's
-                if (answer := test(folder)) is not None:
-                    return answer
-                with os.scandir(folder) as names:
-                    entries = sorted(itertools.islice(names, budget), key=lambda entry: entry.name)
-                budget -= len(entries)
-                below += [
-                    folder / entry.name
-                    for entry in entries
-                    if entry.is_dir() and entry.name.partition(".")[0] not in SPLITS
-                ]
-                for entry in entries:
-                    named = word and word in entry.name.lower() and entry.name.lower().endswith(".zip")
-                    if named and (answer := test(folder / entry.name)) is not None:
-                        return answer
-        level = below
-    return None
-
-
-# %% Why every value is checked first [markdown] tags=["shared"]
-# ## Adaptive sparse training
-#
-# First what can be set: `ASTConfig` holds the method alone. Every value is checked before anything is
-# trained, and a refusal is one sentence: the value, what was expected, what to do.
-
-# %% What can be set, and what is refused tags=["shared"]
-LEARNED = ("remembered", "live", "proxy")  # gates that look at significance
-GATES = (*LEARNED, "random", "rs2", "full")
-SIGNIFICANCES = ("loss", "loss+entropy", "loss+intensity", "gradient", "margin")
+#     panel = ipywidgets.VBox()
+#     view = {"model_id": panel.model_id, "version_major": 2, "version_minor": 0}
+#     shown = {"application/vnd.jupyter.widget-view+json": view, "text/plain": "the dashboard"}
+#     display(shown, raw=True, display_id=panel.model_id)
+
+# %% Imports tags=["fold"]
+# @title Imports
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import copy
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import io
+import itertools
+import json
+import lzma
+import math
+import os
+import pickle
+import platform
+import queue
+import random
+import re
+import signal
+import struct
+import sys
+import threading
+import time
+import warnings
+import zipfile
+import zlib
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import Field, InitVar, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import matplotlib
+import numpy as np
+import torch
+import torchvision
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+# %% What can be set tags=["shared", "fold"]
+# @title What can be set
+SCORED = ("remembered", "live")  # gates that look at significance
+GATES = (*SCORED, "random", "full")
+SIGNIFICANCES = ("loss", "loss+entropy", "loss+intensity", "gradient")
 
 
 class BadInput(ValueError):
@@ -1847,159 +154,140 @@ class BadInput(ValueError):
         super().__init__(" ".join(str(sentence).splitlines()))
 
 
-def whole(low: int) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= low
+def option(default: object, bound: str | tuple, text: str) -> Any:
+    """A setting: its default, what it takes, and its help.
+
+    bound: an interval such as "(0, 1]" for numbers, choices or a pattern for words, "" for whatever it is.
+    """
+    return field(default=default, metadata={"bound": bound, "help": text})
 
 
-def real(test: Callable[[float], bool]) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, int | float) and math.isfinite(value) and test(value)
+def check(item: Field, value: object, label: str) -> None:
+    """Raises BadInput if a field does not take `value`; `label` is how a person wrote the field."""
+    bound, kind = item.metadata["bound"], item.type.removesuffix(" | None")
+    if value is None and kind != item.type:
+        return
+    types, expected = KINDS[kind]
+    good = isinstance(value, types) and (kind == "bool" or not isinstance(value, bool))
+    if isinstance(bound, tuple):
+        good, expected = value in bound, "one of " + ", ".join(bound)
+    elif bound and kind == "str":
+        good = good and re.fullmatch(bound, value)
+    elif bound:
+        good, expected = good and within(value, bound), f"{expected} in {bound}"
+    if not good:
+        raise BadInput(f"{label} {value}: expected {expected}: {item.metadata['help']}")
 
 
-def one_of(names: Iterable[str]) -> tuple[Callable[[object], bool], str]:
-    names = tuple(names)
-    return (lambda value: value in names), "one of " + ", ".join(names)
-
-
-EPOCHS_OR_NONE = (
-    lambda v: v is None or whole(0)(v),
-    "a whole number of epochs, 0 or more; leave it out for the default",
-)
-RULES: dict[str, tuple[Callable[[object], bool], str]] = {
-    "target_activation": (
-        real(lambda v: 0 < v <= 1),
-        "a fraction in (0, 1]; 0.4 trains on 40 % of the samples",
-    ),
-    "gate": one_of(GATES),
-    "significance": one_of(SIGNIFICANCES),
-    "live_rule": one_of(("threshold", "topk")),
-    "amp": one_of(("auto", "off", "fp16", "bf16")),
-    "device": (lambda v: re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(v)) is not None, "auto, cpu or cuda"),
-    "epochs": (lambda v: v is None or whole(1)(v), "a whole number of epochs, 1 or more"),
-    "batch_size": (lambda v: v is None or whole(1)(v), "a whole number of samples, 1 or more"),
-    "lr": (lambda v: v is None or real(lambda x: x > 0)(v), "a learning rate above 0"),
-    "warmup_epochs": EPOCHS_OR_NONE,
-    "ramp_epochs": EPOCHS_OR_NONE,
-    "anneal_epochs": EPOCHS_OR_NONE,
-    "temperature": (real(lambda v: v > 0), "a width in ranks, above 0; 0.1 chooses hard samples strictly"),
-    "weight_gamma": (real(lambda v: 0 <= v <= 1), "an exponent in [0, 1]; 0 switches the weights off"),
-    "score_scale": (
-        real(lambda v: 0 < v <= 1),
-        "a fraction of the image side in (0, 1]; 0.5 costs a quarter",
-    ),
-    "initial_threshold": (real(lambda v: True), "a number; ranks lie in [0, 1]"),
-    "adapt_kp": (real(lambda v: v >= 0), "a gain, 0 or more"),
-    "adapt_ki": (real(lambda v: v >= 0), "a gain, 0 or more"),
-    "ema_alpha": (real(lambda v: 0 < v <= 1), "a fraction in (0, 1]; 1 does not smooth"),
-    "clip_norm": (real(lambda v: v >= 0), "a norm above 0, or 0 for no clipping"),
-    "ema": (real(lambda v: 0 <= v < 1), "a decay in [0, 1), such as 0.999; 0 keeps no average"),
-    "train_size": (whole(0), "a whole number of samples; 0 takes all"),
-    "weight_decay": (real(lambda v: v >= 0), "0 or more; 5e-4 is usual"),
-    "val_fraction": (real(lambda v: 0 < v < 1), "a fraction in (0, 1); 0.2 keeps a fifth for validation"),
-    "image_size": (lambda v: v is None or whole(8)(v), "a whole number of pixels, 8 or more; 224 is usual"),
-    "workers": (lambda v: v is None or whole(1)(v), "a whole number of threads, 1 or more"),
-    "jitter": (real(lambda v: 0 <= v < 1), "a strength in [0, 1); 0 leaves the colours alone"),
-    "erase": (real(lambda v: 0 <= v <= 1), "a fraction in [0, 1]; 0 erases nothing"),
-    "head_epochs": (whole(0), "a whole number of epochs, 0 or more"),
-    "label_smoothing": (real(lambda v: 0 <= v < 1), "a fraction in [0, 1); 0 switches it off"),
-    "time_limit": (real(lambda v: v >= 0), "minutes, 0 or more; 0 sets no limit"),
-    "checkpoint_seconds": (real(lambda v: v >= 0), "seconds, 0 or more"),
-    "seeds": (
-        lambda v: re.fullmatch(r"\d{1,9}(,\d{1,9})*", str(v)) is not None,
-        "whole numbers with commas between them, such as 0,1,2",
-    ),
-    "compare": (
-        lambda v: v in ("", "none") or set(str(v).split(",")) <= {"full", "random", "rs2", "short"},
-        "policies with commas between them, out of full, random, rs2 and short; or none",
-    ),
+KINDS = {
+    "int": (int, "a whole number"),
+    "float": (int | float, "a number"),
+    "bool": (bool, "1 or 0"),
+    "str": (str, "words"),
 }
 
 
-def check(name: str, value: object, label: str, rules: dict = RULES) -> None:
-    """Raises BadInput if `value` is not what the field `name` takes; `label` is how a person wrote it."""
-    test, expected = rules.get(name, (lambda v: True, ""))
-    if not test(value):
-        raise BadInput(f"{label} {value}: expected {expected}")
+def within(value: float, bound: str) -> bool:
+    """Whether a number lies in an interval such as "(0, 1]"."""
+    low, high = map(float, bound[1:-1].split(","))
+    inside = low < value < high or (bound[0], value) == ("[", low) or (bound[-1], value) == ("]", high)
+    return inside and math.isfinite(value)
 
 
 @dataclass
 class ASTConfig:
-    """The method's settings; the fields mean what they mean in `Settings`.
+    """The method's settings; a program's `Settings` are these and its own.
 
-    `target_activation_rate`, `learning_rate` and `use_amp` are the original reports' names for
-    `target_activation`, `lr` and `amp`. Raises BadInput for a value that cannot be.
+    Raises BadInput for a value that cannot be.
     """
 
-    target_activation: float = 0.4
-    gate: str = "remembered"
-    epochs: int | None = None
-    warmup_epochs: int | None = None
-    ramp_epochs: int | None = None
-    anneal_epochs: int | None = None
-    significance: str = "loss"
-    temperature: float = 0.25
-    weight_gamma: float = 0.0
-    guard: bool = True
-    balance: bool = False
-    live_rule: str = "threshold"
-    score_scale: float = 1.0
-    feedforward: bool = True
-    initial_threshold: float = 0.5
-    adapt_kp: float = 0.005
-    adapt_ki: float = 0.0001
-    ema_alpha: float = 0.3
-    batch_size: int | None = None
-    lr: float | None = None
-    clip_norm: float = 0.0
-    ema: float = 0.0
-    device: str = "auto"
-    amp: str = "auto"
+    target_activation: float = option(0.4, "(0, 1]", "a*, fraction of the candidates trained on; 0.4 is 40 %")
+    gate: str = option("remembered", GATES, "what decides which samples are trained on")
+    epochs: int | None = option(None, "[1, inf)", "passes over the candidates; the device decides")
+    warmup_epochs: int | None = option(None, "[0, inf)", "epochs on everything at first; max(1, 8 %) if None")
+    ramp_epochs: int | None = option(None, "[0, inf)", "epochs down to the target; 20 % if None")
+    anneal_epochs: int | None = option(None, "[0, inf)", "epochs on everything at the end; 12.5 % if None")
+    significance: str = option("loss", SIGNIFICANCES, "what a sample is judged by")
+    temperature: float = option(0.25, "(0, inf)", "T, softness of the gate in ranks; 0.1 chooses strictly")
+    guard: bool = option(True, "", "rank as average what stays hard visit after visit")
+    balance: bool = option(False, "", "activate as many of every class, for classes that are rare")
+    feedforward: bool = option(True, "", "solve for θ; off is the pure PI of the original reports")
+    initial_threshold: float = option(0.5, "(-inf, inf)", "θ at the start of the pure PI, on the rank scale")
+    adapt_kp: float = option(0.005, "[0, inf)", "proportional gain of the pure PI, θ per rate")
+    adapt_ki: float = option(0.0001, "[0, inf)", "integral gain of the pure PI, θ per rate and chunk")
+    ema_alpha: float = option(0.3, "(0, 1]", "weight of the newest chunk in the controller's smoothed error")
+    batch_size: int | None = option(None, "[1, inf)", "samples a step; the device decides")
+    lr: float | None = option(None, "(0, inf)", "peak learning rate; the model decides")
+    device: str = option("auto", r"auto|cpu|cuda(:\d+)?", "auto, cpu or cuda")
+    amp: str = option("auto", ("auto", "off", "fp16", "bf16"), "mixed precision; the device decides")
 
-    def __post_init__(self):
+    # The original reports' names for target_activation, lr and amp.
+    target_activation_rate: InitVar[float | None] = None
+    learning_rate: InitVar[float | None] = None
+    use_amp: InitVar[bool] = True
+
+    def __post_init__(self, rate: float | None, lr: float | None, amp: bool):
+        self.target_activation = self.target_activation if rate is None else rate
+        self.lr, self.amp = lr or self.lr, self.amp if amp else "off"
         for item in fields(self):
-            check(item.name, getattr(self, item.name), f"ASTConfig {item.name}")
+            check(item, getattr(self, item.name), f"ASTConfig {item.name}")
 
     @classmethod
-    def from_settings(cls, settings: object) -> "ASTConfig":
-        """The method's share of a program's flat `Settings`, field by field of the same name."""
-        return cls(**{item.name: getattr(settings, item.name) for item in fields(cls)})
-
-    @classmethod
-    def of(cls, config: "ASTConfig | dict | None") -> "ASTConfig":
-        """`config` itself, or one made from a dict. Raises BadInput for a key that is no field."""
-        if isinstance(config, cls):
-            return config
-        known = [item.name for item in fields(cls)] + list(ALIASES)
-        for key in config or {}:
-            if key not in known:
-                raise BadInput(f"ASTConfig {key}: expected one of {', '.join(known)}; rename it")
-        return cls(**(config or {}))
+    def of(cls, config: ASTConfig | dict | None) -> ASTConfig:
+        """The method's share of `config`: a program's settings, or a dict of fields. Raises BadInput."""
+        if isinstance(config, ASTConfig):
+            return cls(**{item.name: getattr(config, item.name) for item in fields(cls)})
+        try:
+            return cls(**(config or {}))
+        except TypeError as error:
+            raise BadInput(f"ASTConfig: expected its fields ({one_line(error)}); rename them") from error
 
 
-# The original reports' names: given by them, and read by them.
-ALIASES = {
-    "target_activation_rate": ("target_activation", lambda rate: rate),
-    "learning_rate": ("lr", lambda rate: rate),
-    "use_amp": ("amp", lambda use: "auto" if use else "off"),
+# %% Settings [markdown]
+# ## Settings
+#
+# Every field is also a flag (`--target-activation 0.2`) and an environment variable
+# (`AST_TARGET_ACTIVATION=0.2`). A flag beats a variable, a variable beats this cell, this cell beats the
+# profile, and what is left at `None` the device decides: the run prints what it settled on.
+
+# %% Settings tags=["fold"]
+# @title Settings
+PROGRAM = "imagenet100_ast"
+KAGGLE_DATA = "ambityga/imagenet100"  # the data set to attach to a notebook on Kaggle
+POLICY = "(full|random|short)"
+PROFILES = {
+    "accuracy": {"target_activation": 0.4},
+    "efficiency": {"target_activation": 0.15, "warmup_epochs": 1, "ramp_epochs": 0, "anneal_epochs": 1},
 }
 
 
-def accept_aliases(init: Callable) -> Callable:
-    @functools.wraps(init)
-    def with_aliases(self: ASTConfig, *values: object, **named: object) -> None:
-        for alias in named.keys() & ALIASES.keys():
-            name, convert = ALIASES[alias]
-            named[name] = convert(named.pop(alias))
-        init(self, *values, **named)
+@dataclass
+class Settings(ASTConfig):
+    """All settings of this program, flat: the method's, and these."""
 
-    return with_aliases
+    data: str = option("auto", "", "auto, imagenet100, shapes, or a PATH: folder, .zip or packed .npy")
+    data_dir: str | None = option(None, "", "searched first, for data and weights; the platform decides")
+    train_size: int = option(0, "[0, inf)", "training samples, drawn evenly from the classes; 0 takes all")
+    val_fraction: float = option(0.2, "(0, 1)", "share of a single folder of classes kept for validation")
+    image_size: int | None = option(None, "[8, inf)", "pixels, side of a view; the device decides")
+    workers: int | None = option(None, "[1, inf)", "threads that decode; one a core, at most 8, if None")
+    model: str | None = option(None, "", "a classifier of torchvision, as resnet50; the device decides")
+    weights: str = option("imagenet", "", "imagenet, none or a FILE; what does not fit begins anew")
+    weight_decay: float = option(1e-4, "[0, inf)", "per step, times the learning rate")
+    seeds: str = option("0", r"\d{1,9}(,\d{1,9})*", "one run of every policy per seed, such as 0,1,2")
+    profile: str = option("accuracy", tuple(PROFILES), "settings that go together, shown at the start")
+    compare: str = option("full,random,short", f"|none|{POLICY}(,{POLICY})*", "run beside it, or none")
+    probe_first: bool = option(False, "", "begin with a last layer trained alone, on frozen weights")
+    out: str | None = option(None, "", "folder for results; the platform decides")
+    resume: bool = option(False, "", "go on from the last checkpoint in --out")
+    time_limit: float = option(0.0, "[0, inf)", "minutes until the run saves and stops; 0 for none")
 
 
-ASTConfig.__init__ = accept_aliases(ASTConfig.__init__)
-ASTConfig.target_activation_rate = property(lambda self: self.target_activation)
-ASTConfig.learning_rate = property(lambda self: self.lr)
-ASTConfig.use_amp = property(lambda self: self.amp != "off")
+settings = Settings()
 
-# %% Why a significance [markdown] tags=["shared"]
+# %% Significance [markdown] tags=["shared"]
+# ## The method
+#
 # ### Significance: how much a sample still teaches
 #
 # The score comes from the forward pass that trains the sample anyway, so it costs nothing:
@@ -2008,9 +296,8 @@ ASTConfig.use_amp = property(lambda self: self.amp != "off")
 #
 # the raw cross-entropy, without label smoothing. Optional terms: the entropy of the prediction (the
 # published package's $0.7\,\ell + 0.3\,H$), the deviation of the image's intensity (the first report's
-# $0.7\,\ell + 0.3\,\mathrm{std}(x)$), $\lVert p - \mathrm{onehot}(y) \rVert$, the length of the gradient
-# at the logits (Paul et al. 2021, EL2N), or one minus the margin between the two likeliest classes, which
-# never looks at the label (Scheffer et al. 2001).
+# $0.7\,\ell + 0.3\,\mathrm{std}(x)$), or $\lVert p - \mathrm{onehot}(y) \rVert$, the length of the gradient
+# at the logits (Paul et al. 2021, EL2N).
 #
 # A wrong label is hard for ever, and a rule that looks for what is hard would live on wrong labels. The
 # *guard* notices: a sample that was among the hardest fifth three visits in a row, its loss never below 0.7
@@ -2026,25 +313,12 @@ def significance(logits: Tensor, labels: Tensor, images: Tensor, kind: str = "lo
     logits = logits.detach().float()
     if kind == "gradient":
         return (logits.softmax(1) - F.one_hot(labels, logits.shape[1])).norm(dim=1)
-    if kind == "margin":
-        likeliest = logits.softmax(1).topk(min(2, logits.shape[1])).values
-        return 1 - (likeliest[:, 0] - likeliest[:, -1])
     loss = F.cross_entropy(logits, labels, reduction="none")
     if kind == "loss+entropy":
         return 0.7 * loss + 0.3 * -(logits.softmax(1) * logits.log_softmax(1)).sum(1)
     if kind == "loss+intensity":
         return 0.7 * loss + 0.3 * images.detach().float().flatten(1).std(1)
     return loss
-
-
-def rank_within(u: Tensor, labels: Tensor) -> Tensor:
-    """The ranks in (0, 1) of u [m] among those of the same label (int64 [m]), float32 [m]."""
-    order = u.argsort()
-    order = order[labels[order].argsort(stable=True)]
-    sizes = labels.bincount()
-    place, ranks = torch.arange(len(u)) - (sizes.cumsum(0) - sizes)[labels[order]], torch.empty(len(u))
-    ranks[order] = (place + 0.5) / sizes[labels[order]]
-    return ranks
 
 
 class Memory:
@@ -2093,7 +367,7 @@ class Memory:
         return torch.where(self.stuck[indices] >= self.VISITS, 0.5, u) if self.guard else u
 
 
-# %% Why a soft gate on ranks [markdown] tags=["shared"]
+# %% The gate [markdown] tags=["shared"]
 # ### The gate: from significance to a probability
 #
 # A sample's *rank* $u \in [0,1]$ among all remembered scores is compared with a threshold $\theta$:
@@ -2136,7 +410,7 @@ def threshold_slope(u: Tensor, threshold: float, target: float, temperature: flo
     return -float((edge * (1 - edge)).mean()) * (1 - 0.25 * target) / temperature
 
 
-# %% Why a controller [markdown] tags=["shared"]
+# %% The controller [markdown] tags=["shared"]
 # ### The controller: holding the activation rate
 #
 # The solve is *feed-forward*: it knows every remembered rank, so it is right at once, also when somebody
@@ -2212,18 +486,16 @@ class Controller:
         self.__dict__.update(state)
 
 
-# %% Why systematic selection and weights [markdown] tags=["shared"]
-# ### Selection: an exact count, and weights that could undo the choice
+# %% Selection [markdown] tags=["shared"]
+# ### Selection: an exact count
 #
 # Tossing a coin for each sample would make the batch count jump about. *Systematic* sampling lays the
 # probabilities end to end on a line and takes the sample under every whole number: each is taken with its
-# own $p$, none twice, and the count is $\sum p$ to the sample. A sample taken with a small $p$ stands for
-# its skipped peers: its loss weighs $w = \min((p/a)^{-\gamma}, 4)$, scaled to mean 1. $\gamma = 1$ makes the
-# gradient that of full training, and takes back what choosing gained; $\gamma = 0$, the default, weighs all
-# alike: where some classes are rare that was better than ½, elsewhere no difference showed.
+# own $p$, none twice, and the count is $\sum p$ to the sample. All that are taken weigh alike: weights that
+# undo the choice took back what choosing gained.
 
 
-# %% Selection and weights tags=["shared"]
+# %% Selection tags=["shared"]
 def systematic(p: Tensor, phase: float) -> tuple[Tensor, float]:
     """Positions taken with probability p [m] each, none twice; and the phase at which the next call goes on.
 
@@ -2238,14 +510,8 @@ def systematic(p: Tensor, phase: float) -> tuple[Tensor, float]:
     return torch.from_numpy(taken), float(edges[-1]) % 1.0 if len(p) else phase
 
 
-def importance_weights(p: Tensor, gamma: float, target: float) -> Tensor:
-    """w = min((p/a)^-γ, 4) of the activated samples, scaled to mean 1. p [k], returns float32 [k]."""
-    weights = (p.float().clamp(min=1e-6) / target).pow(-gamma).clamp(max=4.0)
-    return weights / weights.mean() if len(weights) else weights
-
-
-# %% Why a gate before the loader [markdown] tags=["shared"]
-# ### Gates that stand before the loader
+# %% Gates [markdown] tags=["shared"]
+# ### Gates
 #
 # A gate has four methods, and the trainer takes any object that has them, yours too:
 #
@@ -2255,79 +521,55 @@ def importance_weights(p: Tensor, gamma: float, target: float) -> Tensor:
 #
 # `candidates` is a chunk of sample indices in random order. A skipped sample is never decoded, moved or
 # forwarded. In phases that train on everything the gate is not asked, only told.
-#
-# Rare classes are hard, so a gate that looks for what is hard leans to them, but not far. `balance=True` is
-# for classes that differ in size and matter alike: ranks are taken within a class, and the same number of
-# activations is dealt out so that every class gets as many, as far as it has them. Within a class is within
-# its part of the chunk: with so many classes that few are of one, choosing among them comes close to chance.
 
 
-# %% Gates before the loader tags=["shared"]
-def deal_out(shares: Tensor, count: float) -> Tensor:
-    """The multiple of shares [m] (above 0), cut off at 1 each, whose sum is `count`, float32 [m]."""
-    largest_first = shares.double().sort(descending=True).values
-    rest = largest_first.flip(0).cumsum(0).flip(0)  # the sum of a share and all smaller ones
-    factors = (count - torch.arange(len(shares))) / rest  # if so many of the largest are cut off
-    enough = (factors * largest_first <= 1).nonzero()
-    return (shares * factors[enough[0]]).clamp(max=1).float() if len(enough) else torch.ones(len(shares))
-
-
+# %% Gates tags=["shared"]
 class RememberedGate:
     """Activates by remembered significance; costs a·n training steps an epoch and nothing else."""
 
     needs_views = False
 
-    def __init__(self, config: ASTConfig, n: int, labels: Tensor | None = None):
-        """labels: int64 [n] on the CPU, which `config.balance` needs. Raises BadInput without them."""
-        if config.balance and (labels is None or labels.shape != (n,) or int(labels.min()) < 0):
-            found = "none" if labels is None else f"{list(labels.shape)}, from {labels.min()} up"
-            raise BadInput(
-                f"balance: labels that can be had without loading an image: {found}; expected {n} of 0 or "
-                "more; give arrays or a dataset with such `targets`, or leave it off"
-            )
+    def __init__(self, config: ASTConfig, n: int):
         self.config = config
-        self.labels = labels
-        if config.balance:
-            self.sizes = labels.bincount().float()
-            even = len(labels) / int((self.sizes > 0).sum())
-            self.pace = (even / self.sizes).clamp(max=1)  # a large class's turn comes round more slowly
         self.memory = Memory(n, config.guard)
         self.controller = Controller(config)
         self.clock = 0.0  # epochs of candidates seen
         self.phase = 0.5
 
     def select(self, candidates: Tensor, target: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Activates target·m of the m candidates (int64 [m]), rounded; weights have mean 1."""
-        m = len(candidates)
-        labels = self.labels[candidates] if self.config.balance else None
-        u = self.memory.rank(candidates, labels)
-        overdue = self.overdue(candidates, target)
-        waiting = u[~overdue]
-        temperature = self.config.temperature
-        solved = solve_threshold(waiting, target * m - (m - len(waiting)), target, temperature)
+        """Activates target·m of the m candidates (int64 [m]), rounded; weights are 1."""
+        taken, self.phase = systematic(self.probabilities(candidates, target), self.phase)
+        self.controller.update(len(taken), len(candidates), target, exact=self.config.feedforward)
+        self.clock += len(candidates) / len(self.memory.visited)
+        return candidates[taken], torch.ones(len(taken))
+
+    def probabilities(self, candidates: Tensor, target: float) -> Tensor:
+        """p [m] of the candidates, by rank; 1 for those that have waited long enough."""
+        stale, temperature = self.stale(candidates, target), self.config.temperature
+        u = self.rank(candidates)
+        waiting = u[~stale]
+        solved = solve_threshold(waiting, target * len(u) - int(stale.sum()), target, temperature)
         slope = threshold_slope(waiting, solved, target, temperature)
         threshold = self.controller.threshold(solved, slope)
-        p = activation_probability(u, threshold, target, temperature)
-        if labels is not None:
-            p[~overdue] = deal_out((p / self.sizes[labels])[~overdue], float(p[~overdue].sum()))
-        taken, self.phase = systematic(torch.where(overdue, 1.0, p), self.phase)
-        self.controller.update(len(taken), m, target, exact=self.config.feedforward)
-        self.clock += m / len(self.memory.visited)
-        return candidates[taken], importance_weights(p[taken], self.config.weight_gamma, target)
+        return torch.where(stale, 1.0, activation_probability(u, threshold, target, temperature))
 
-    def overdue(self, candidates: Tensor, target: float) -> Tensor:
+    def stale(self, candidates: Tensor, target: float) -> Tensor:
         """Mask of the samples that waited 2/a epochs or more: the oldest, at most half of what is activated.
 
-        Without that cap, a raised target would make most samples overdue at once. With `balance` a class has
-        as much longer as it is larger than the average one.
+        Without that cap, a raised target would make most samples stale at once.
         """
-        wait = self.clock - self.memory.visited[candidates]
-        if self.config.balance:
-            wait = wait * self.pace[self.labels[candidates]]
+        wait = self.wait(candidates)
         oldest = wait.topk(int(0.5 * target * len(candidates))).indices
         mask = torch.zeros(len(candidates), dtype=torch.bool)
         mask[oldest] = wait[oldest] >= 2 / target
         return mask
+
+    def rank(self, candidates: Tensor) -> Tensor:
+        return self.memory.rank(candidates)
+
+    def wait(self, candidates: Tensor) -> Tensor:
+        """Epochs since each was last trained."""
+        return self.clock - self.memory.visited[candidates]
 
     def observe(self, indices: Tensor, losses: Tensor) -> None:
         """Remembers the significance [k] of the samples `indices` [k]; NaN counts as lost."""
@@ -2341,15 +583,12 @@ class RememberedGate:
     @property
     def scores(self) -> Tensor:
         """Remembered significances, finite, [at most 32,768]: a sample of the memory for pictures."""
-        stride = max(1, len(self.memory.significance) // Memory.REFERENCE)
-        some = self.memory.significance[::stride]
+        some = self.memory.significance[:: max(1, len(self.memory.significance) // Memory.REFERENCE)]
         return some[some.isfinite()]
 
     def state_dict(self) -> dict:
-        return {
-            "significance": self.memory.significance,
-            "visited": self.memory.visited,
-            "stuck": self.memory.stuck,
+        memory = {name: getattr(self.memory, name) for name in ("significance", "visited", "stuck")}
+        return memory | {
             "controller": self.controller.state_dict(),
             "clock": self.clock,
             "phase": self.phase,
@@ -2363,15 +602,9 @@ class RememberedGate:
 
 
 class RandomGate:
-    """Activates by chance, exactly target·m of every m candidates in the long run: what AST must beat.
-
-    It serves `random` (AST's phases, and the count that AST activated in every epoch) and `rs2` (a fresh
-    random share each epoch without phases; Okanovic et al. 2024, Repeated Sampling of Random Subsets).
-    """
+    """Activates by chance, exactly target·m of every m candidates in the long run: what AST must beat."""
 
     needs_views = False
-    controller = None
-    threshold = None
 
     def __init__(self):
         self.owed = 0.0  # samples, the fraction carried to the next chunk
@@ -2394,21 +627,72 @@ class RandomGate:
         self.owed = state["owed"]
 
 
-# %% Why a gate after the loader [markdown] tags=["shared"]
+# %% A balanced gate [markdown] tags=["shared"]
+# Rare classes are hard, so a gate that looks for what is hard leans to them, but not far. `--balance` is for
+# classes that differ in size and matter alike: ranks are taken within a class, and the same number of
+# activations is dealt out so that every class gets as many, as far as it has them.
+
+
+# %% A balanced gate tags=["shared", "fold"]
+# @title A balanced gate
+class BalancedGate(RememberedGate):
+    """A RememberedGate that activates as many of every class, the significant ones of each more often."""
+
+    def __init__(self, config: ASTConfig, n: int, labels: Tensor | None):
+        """labels: int64 [n]. Raises BadInput without them."""
+        if labels is None or labels.shape != (n,) or int(labels.min()) < 0:
+            found = "none" if labels is None else f"{list(labels.shape)}, from {labels.min()} up"
+            raise BadInput(f"balance: labels {found}: expected {n} of 0 or more, as a dataset's `targets`")
+        super().__init__(config, n)
+        self.labels = labels.cpu()
+        self.sizes = self.labels.bincount().float()
+        even = n / int((self.sizes > 0).sum())
+        self.class_wait = (even / self.sizes).clamp(max=1)  # a large class's turn comes round more slowly
+
+    def probabilities(self, candidates: Tensor, target: float) -> Tensor:
+        """As many of every class; with so many classes that few are of one, that comes close to chance."""
+        p = super().probabilities(candidates, target)
+        free = ~self.stale(candidates, target)
+        p[free] = class_quota((p / self.sizes[self.labels[candidates]])[free], float(p[free].sum()))
+        return p
+
+    def rank(self, candidates: Tensor) -> Tensor:
+        return self.memory.rank(candidates, self.labels[candidates])
+
+    def wait(self, candidates: Tensor) -> Tensor:
+        return super().wait(candidates) * self.class_wait[self.labels[candidates]]
+
+
+def class_quota(shares: Tensor, count: float) -> Tensor:
+    """The multiple of shares [m] (above 0), cut off at 1 each, whose sum is `count`, float32 [m]."""
+    largest_first = shares.double().sort(descending=True).values
+    rest = largest_first.flip(0).cumsum(0).flip(0)  # the sum of a share and all smaller ones
+    factors = (count - torch.arange(len(shares))) / rest  # if so many of the largest are cut off
+    enough = (factors * largest_first <= 1).nonzero()
+    return (shares * factors[enough[0]]).clamp(max=1).float() if len(enough) else torch.ones(len(shares))
+
+
+def rank_within(u: Tensor, labels: Tensor) -> Tensor:
+    """The ranks in (0, 1) of u [m] among those of the same label (int64 [m]), float32 [m]."""
+    order = u.argsort()
+    order = order[labels[order].argsort(stable=True)]
+    sizes = labels.bincount()
+    place, ranks = torch.arange(len(u)) - (sizes.cumsum(0) - sizes)[labels[order]], torch.empty(len(u))
+    ranks[order] = (place + 0.5) / sizes[labels[order]]
+    return ranks
+
+
+# %% A gate after the loader [markdown] tags=["shared"]
 # ### A gate that stands after the loader
 #
 # What is hard may be the *view*: this crop, this flip. The `live` gate sees the augmented candidates,
 # scores them with a forward pass in eval mode, and trains on those above $\theta$. That pass is a third of
 # a training step, so live selection at rate $a$ costs $\tfrac13 + a$, and the ledger charges it: below $a
 # \approx \tfrac23$ it still saves, but never as much as not looking at all. A gate with `needs_views =
-# True` receives `Views` in place of indices. Weights are 1, since here the hard views are the point.
-#
-# `proxy` leaves the scoring to a small network that is trained beside, on the hardest quarter of all views
-# (as airbench96_faster does; Jordan 2024). Its work is charged too: much beside a tiny model, little beside
-# a large one. A gate that has a method `watch(views)` is also shown what full phases train on.
+# True` receives `Views` in place of indices.
 
 
-# %% Gates after the loader tags=["shared"]
+# %% A gate after the loader tags=["shared"]
 @dataclass
 class Views:
     """Augmented candidates: indices int64 [m] on the CPU; images [m, ...], labels int64 [m] on the device."""
@@ -2426,47 +710,32 @@ class LiveGate:
 
     def __init__(self, config: ASTConfig, score: Callable[[Tensor, Tensor], Tensor]):
         """`score` gives the significance [m] of images [m, ...] with labels [m], on their device."""
-        self.config = config
         self.score = score
         self.controller = Controller(config)
         self.recent = torch.empty(0)
-        self.owed = 0.0
 
     def select(self, candidates: Views, target: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Activates by threshold, or the hardest share (`live_rule="topk"`); 2 random ones if none passes."""
+        """Activates what ranks above θ; 2 random ones if nothing does."""
         scores = self.score(candidates.images, candidates.labels).cpu()  # the one sync per candidate batch
         finite = scores.isfinite()
         self.recent = torch.cat([self.recent, scores[finite]])[-self.RECENT :]
-        if self.config.live_rule == "topk":
-            taken = self.hardest(scores, finite, target)
-        else:
-            taken = (
-                (finite & (self.rank(scores) > self.controller.threshold(1 - target, -1.0)))
-                .nonzero()
-                .flatten()
-            )
+        above = self.rank(scores) > self.controller.threshold(1 - target, -1.0)
+        taken = (finite & above).nonzero().flatten()
         if not len(taken):
             taken = torch.randperm(len(scores), generator=generator)[:2]
         self.controller.update(len(taken), len(scores), target, exact=False)
         return candidates.indices[taken], torch.ones(len(taken))
 
-    def hardest(self, scores: Tensor, finite: Tensor, target: float) -> Tensor:
-        self.owed += target * len(scores)
-        count = min(int(finite.sum()), math.floor(self.owed + 0.5))
-        self.owed = min(self.owed - count, 1.0)
-        return torch.where(finite, scores, -math.inf).topk(count).indices
-
     def rank(self, scores: Tensor) -> Tensor:
-        order = self.recent.sort().values
-        return torch.searchsorted(order, scores).float() / max(1, len(order))
+        return torch.searchsorted(self.recent.sort().values, scores).float() / max(1, len(self.recent))
 
     def observe(self, indices: Tensor, losses: Tensor) -> None:
         """Only counts the lost: the next scoring pass sees everything afresh."""
         self.controller.lost += int((~losses.isfinite()).sum())
 
     @property
-    def threshold(self) -> float | None:
-        return None if self.config.live_rule == "topk" else self.controller.value
+    def threshold(self) -> float:
+        return self.controller.value
 
     @property
     def scores(self) -> Tensor:
@@ -2474,107 +743,14 @@ class LiveGate:
         return self.recent
 
     def state_dict(self) -> dict:
-        return {"recent": self.recent, "owed": self.owed, "controller": self.controller.state_dict()}
+        return {"recent": self.recent, "controller": self.controller.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        self.recent, self.owed = state["recent"].clone(), state["owed"]
+        self.recent = state["recent"].clone()
         self.controller.load_state_dict(state["controller"])
 
 
-class ProxyGate(LiveGate):
-    """Activates the hardest share of the views, as a small network trained beside judges them.
-
-    The proxy sees every candidate, and learns by AdamW from the hardest quarter of each batch, also in the
-    phases before the anneal that train on everything. Its work is charged to scoring.
-    """
-
-    LEARNS = 0.25  # share of the views that the proxy learns from
-    SIDE = 64  # pixels; larger images are shrunk to this for the proxy
-
-    def __init__(
-        self,
-        config: ASTConfig,
-        make: Callable[[Tensor, Tensor, Sequence[int]], nn.Module],
-        charge: Callable[[nn.Module, str, Tensor], None],
-        autocast: Callable[[], torch.autocast],
-    ):
-        """`make(images, labels, shape)` gives a network for inputs of that shape, with as many outputs as the
-        model has for such images; `charge(network, mode, images)` is told of its work."""
-        super().__init__(replace(config, live_rule="topk"), self._judge)
-        self.make, self.charge, self.autocast = make, charge, autocast
-        self.network: nn.Module | None = None
-        self.state: dict | None = None  # loaded, for the network that the first views will make
-
-    def watch(self, views: Views) -> None:
-        """Learns from views [m] that nobody selects from."""
-        self._judge(views.images, views.labels)
-
-    def _judge(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy [m] of views by the proxy, which then learns from the hardest of them."""
-        small = self._small(images)
-        if self.network is None:
-            self._begin(self.make(images, labels, small.shape[1:]))
-        broken = ~small.flatten(1).isfinite().all(1)  # one would spoil the batch norm of all
-        images = torch.where(broken.view(-1, *[1] * (small.ndim - 1)), 0, small)
-        self.charge(self.network, "scoring", images)
-        with torch.no_grad(), self.autocast():
-            logits = self.network(images)
-        losses = F.cross_entropy(logits.float(), labels, reduction="none").masked_fill(broken, math.nan)
-        hardest = torch.nan_to_num(losses, nan=-1.0).topk(math.ceil(self.LEARNS * len(labels))).indices
-        if len(hardest) > 1:  # batch norm cannot learn from one
-            self._learn(images[hardest], labels[hardest])
-        return losses
-
-    def _learn(self, images: Tensor, labels: Tensor) -> None:
-        self.charge(self.network, "training", images)
-        with self.autocast():
-            logits = self.network(images)
-        self.optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(logits.float(), labels).backward()
-        guarded_step(self.network, self.optimizer, torch.amp.GradScaler(enabled=False), torch.empty(0))
-
-    def _begin(self, network: nn.Module) -> None:
-        self.network = network
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=2e-3, fused=True)
-        if self.state:
-            self.network.load_state_dict(self.state["network"])
-            self.optimizer.load_state_dict(self.state["optimizer"])
-            self.state = None
-
-    def _small(self, images: Tensor) -> Tensor:
-        side = max(images.shape[-2:])
-        if images.ndim != 4 or side <= self.SIDE:
-            return images
-        size = [max(1, round(length * self.SIDE / side)) for length in images.shape[-2:]]
-        return F.interpolate(images, size=size, mode="bilinear", antialias=True)
-
-    def state_dict(self) -> dict:
-        state = super().state_dict() | {"proxy": self.state}
-        if self.network is not None:
-            state["proxy"] = {
-                "network": self.network.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-            }
-        return state
-
-    def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
-        self.network, self.state = None, state["proxy"]
-
-
-def proxy_network(shape: Sequence[int], classes: int) -> nn.Module:
-    """For images [C, H, W] three 3x3 convolutions, 16, 32 and 64 wide, the sides halved twice, then the mean;
-    for inputs of another shape one hidden layer of 64."""
-    if len(shape) != 3:
-        return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), 64), nn.ReLU(), nn.Linear(64, classes))
-    blocks: list[nn.Module] = []
-    for inputs, outputs, stride in ((shape[0], 16, 1), (16, 32, 2), (32, 64, 2)):
-        conv = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
-        blocks += [conv, nn.BatchNorm2d(outputs, track_running_stats=False), nn.ReLU()]
-    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes))
-
-
-# %% Why four phases [markdown] tags=["shared"]
+# %% The schedule [markdown] tags=["shared"]
 # ### The schedule: when to skip
 #
 # Four phases of whole epochs. *Warm-up* trains on everything once, so that every sample has a score. *Ramp*
@@ -2596,10 +772,8 @@ class Schedule:
     rates: list[float] | None = None  # given rates, epoch by epoch: another run's realised ones
 
     @classmethod
-    def of(cls, config: ASTConfig, epochs: int, phases: bool = True) -> "Schedule":
-        """The phases of `config`; without `phases` all is sparse. Raises BadInput if they do not fit."""
-        if not phases:
-            return cls(epochs, 0, 0, 0)
+    def of(cls, config: ASTConfig, epochs: int) -> Schedule:
+        """The phases of `config`. Raises BadInput if they do not fit into the epochs."""
         share = [max(1, int(0.08 * epochs + 0.5)), int(0.2 * epochs + 0.5), int(0.125 * epochs + 0.5)]
         if epochs <= 3:  # too short for all four: drop the ramp, then the anneal
             share[1] = 0
@@ -2607,10 +781,8 @@ class Schedule:
         given = [config.warmup_epochs, config.ramp_epochs, config.anneal_epochs]
         warmup, ramp, anneal = (g if g is not None else s for g, s in zip(given, share, strict=True))
         if warmup + ramp + anneal > epochs:
-            raise BadInput(
-                f"warm-up {warmup}, ramp {ramp} and anneal {anneal}: expected at most {epochs} epochs "
-                "together; shorten them or raise --epochs"
-            )
+            phases = f"warm-up {warmup}, ramp {ramp}, anneal {anneal}"
+            raise BadInput(f"{phases}: expected at most {epochs} epochs together; shorten them")
         return cls(epochs, warmup, ramp, anneal)
 
     def phase(self, epoch: int) -> str:
@@ -2631,155 +803,32 @@ class Schedule:
             return target + (1 - target) * 0.5 * (1 + math.cos(math.pi * t))
         return target if phase == "sparse" else 1.0
 
+    def steps(self, first: int, target: float, n: int, batch_size: int) -> int:
+        """Steps of n candidates an epoch from the epoch `first` to the end."""
+        return sum(math.ceil(n * self.rate(e, target) / batch_size) for e in range(first, self.epochs))
+
 
 def learning_rate_shape(progress: float) -> float:
     """Share of the peak learning rate: up from 1/5 over the first fifth, then down a line to 0."""
     return 0.2 + 4.0 * progress if progress < 0.2 else (1 - progress) / 0.8
 
 
-# %% Why a ledger [markdown] tags=["shared"]
+# %% The ledger [markdown] tags=["shared"]
 # ### The ledger: what was really spent
 #
 # Three currencies, never called by each other's name. *FLOPs* are counted by PyTorch on a copy of the
-# model, once per mode and resolution. *Unit energy* is the model of the original reports: 10.0 for an
-# activated sample, 0.1 for a skipped one; it knows nothing of scoring, evaluation or a waiting GPU.
-# *Joules* are measured by the hardware, or said to be unavailable and why.
+# model, once per mode. *Unit energy* is the model of the original reports: 10.0 for an activated sample, 0.1
+# for a skipped one; it knows nothing of scoring, evaluation or a waiting GPU. *Joules* are measured by the
+# hardware, or said to be unavailable and why.
 
-
-# %% The ledger: FLOPs tags=["shared"]
-class FlopCount(FlopCounterMode):
-    """PyTorch's FLOP counter, which also lists the operators that it has no formula for."""
-
-    def __init__(self):
-        super().__init__(display=False)
-        self.uncounted: set[str] = set()
-
-    def _count_flops(self, func_packet, out, args, kwargs):
-        if func_packet not in self.flop_registry:
-            self.uncounted.add(str(func_packet).removeprefix("aten."))
-        return super()._count_flops(func_packet, out, args, kwargs)
-
-
-def flops_per_sample(
-    model: nn.Module, images: Tensor, training: bool, autocast: Callable
-) -> tuple[float, list[str]]:
-    """FLOPs of one sample (forward, and backward if `training`), and the operators left uncounted.
-
-    images: a float batch [B, ...] of the resolution in question. Neither the model nor any RNG is touched.
-    """
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    devices = [images.device] if images.is_cuda else []
-    exact = nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH)  # the CPU's fused attention has no formula
-    with torch.random.fork_rng(devices=devices), exact, FlopCount() as counter:
-        torch.backends.mha.set_fastpath_enabled(False)  # the fast path is one operator without a formula
-        try:
-            twin = copy.deepcopy(model)
-            if not training:
-                twin.eval()
-            with torch.set_grad_enabled(training), autocast():
-                logits = twin(images)
-            if training:
-                logits.float().sum().backward()
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast_path)
-    return counter.get_total_flops() / len(images), sorted(counter.uncounted)
-
-
-# %% The ledger: joules tags=["shared"]
-class EnergyMeter:
-    """Joules since it was made, from the best sensor there is.
-
-    `method` is nvml-counter, nvml-polled, rapl or unavailable; `reason` says why, for the last. A sensor that
-    fails later becomes unavailable too, rather than stand still.
-    """
-
-    def __init__(self, device: torch.device, powercap: Path = Path("/sys/class/powercap")):
-        self.method, self.reason = "unavailable", ""
-        self._read: Callable[[], float] = lambda: 0.0
-        try:
-            if device.type == "cuda":
-                self._open_nvml(device.index or 0)
-            else:
-                self._open_rapl(powercap)
-        except Exception as error:  # drivers fail in many ways, and none may stop the training
-            self._give_up(error)
-
-    def joules(self) -> float | None:
-        """Joules so far; None where there is no sensor."""
-        if self.method == "unavailable":
-            return None
-        try:
-            return self._read()
-        except Exception as error:
-            self._give_up(error)
-            return None
-
-    def _give_up(self, error: Exception) -> None:
-        self.method, self.reason = "unavailable", f"{type(error).__name__}: {error}".splitlines()[0]
-
-    def _open_nvml(self, index: int) -> None:
-        import pynvml  # optional
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        try:
-            start = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)  # mJ
-        except pynvml.NVMLError:  # no counter before Volta, such as on P100
-            self._poll(lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1000)
-        else:
-            self._read = lambda: (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - start) / 1000
-            self.method = "nvml-counter"
-
-    def _poll(self, watts: Callable[[], float], seconds: float = 0.05) -> None:
-        total, last = 0.0, (time.monotonic(), watts())
-
-        def sample() -> None:
-            nonlocal total, last
-            while self.method == "nvml-polled":
-                time.sleep(seconds)
-                try:
-                    now = (time.monotonic(), watts())
-                except Exception as error:
-                    return self._give_up(error)
-                total += (now[0] - last[0]) * 0.5 * (now[1] + last[1])
-                last = now
-
-        self._read, self.method = lambda: total, "nvml-polled"
-        threading.Thread(target=sample, daemon=True, name="power").start()
-
-    def _open_rapl(self, powercap: Path) -> None:
-        packages = sorted(p for p in powercap.glob("intel-rapl:*") if re.fullmatch(r"intel-rapl:\d+", p.name))
-        if not packages:
-            raise FileNotFoundError(f"no RAPL counter under {powercap} (virtual machines rarely show one)")
-        wraps = [int((p / "max_energy_range_uj").read_text()) for p in packages]
-        last = [int((p / "energy_uj").read_text()) for p in packages]
-        total = 0.0
-
-        def read() -> float:
-            nonlocal total
-            for i, (package, wrap) in enumerate(zip(packages, wraps, strict=True)):
-                now = int((package / "energy_uj").read_text())
-                total += ((now - last[i]) % (wrap + 1)) / 1e6
-                last[i] = now
-            return total
-
-        self._read, self.method = read, "rapl"
-
-
-@functools.cache
-def energy_meter(device: torch.device) -> EnergyMeter:
-    """The process's one meter for a device."""
-    return EnergyMeter(device)
-
-
-# %% The ledger: accounts tags=["shared"]
+# %% The ledger tags=["shared"]
 TRAINING_PHASES = ("warmup", "ramp", "sparse", "anneal", "scoring")
-PHASES = (*TRAINING_PHASES, "evaluation", "checkpoint")
+PHASES = (*TRAINING_PHASES, "evaluation", "checkpoint", "repeated")  # repeated: a cut epoch, trained again
 UNIT_ACTIVATED, UNIT_SKIPPED = 10.0, 0.1  # unit energy a sample, the original reports' model
 
 
 @dataclass
-class Account:
+class Cost:
     """What one phase cost."""
 
     seconds: float = 0.0
@@ -2798,7 +847,7 @@ class Ledger:
 
     def __init__(self, meter: EnergyMeter):
         self.meter = meter
-        self.accounts = {phase: Account() for phase in PHASES}
+        self.costs = {phase: Cost() for phase in PHASES}
         self.open: str | None = None
         self.since = (0.0, None)
 
@@ -2806,45 +855,1669 @@ class Ledger:
         """Closes the open phase, opens `phase`, and returns the one closed; None stands for none."""
         now = (time.perf_counter(), self.meter.joules())
         if self.open:
-            account = self.accounts[self.open]
-            account.seconds += now[0] - self.since[0]
+            cost = self.costs[self.open]
+            cost.seconds += now[0] - self.since[0]
             if now[1] is not None and self.since[1] is not None:
-                account.joules = (account.joules or 0.0) + now[1] - self.since[1]
+                cost.joules = (cost.joules or 0.0) + now[1] - self.since[1]
         before, self.open, self.since = self.open, phase, now
         return before
 
     @contextmanager
-    def charge(self, phase: str) -> Iterator[Account]:
-        """Charges the block to `phase`, then goes on with the phase that was open before."""
+    def charge(self, phase: str | None) -> Iterator[None]:
+        """Charges the block to `phase` (None: to nobody), then goes on with the one that was open before."""
         before = self.switch(phase)
         try:
-            yield self.accounts[phase]
+            yield
         finally:
             self.switch(before)
 
-    def seconds(self, phases: Iterable[str] = PHASES) -> float:
-        running = time.perf_counter() - self.since[0] if self.open in phases else 0.0
-        return running + sum(self.accounts[phase].seconds for phase in phases)
-
-    def total(self) -> Account:
-        parts = self.accounts.values()
-        joules = [p.joules for p in parts if p.joules is not None]
-        return Account(
-            self.seconds(),
-            sum(p.candidates for p in parts),
-            sum(p.activated for p in parts),
-            sum(p.flops for p in parts),
-            sum(joules) if joules else None,
-        )
+    def total(self, phases: Iterable[str] = PHASES) -> Cost:
+        """What the phases cost so far, the open one included."""
+        self.switch(self.open)
+        costs = [self.costs[phase] for phase in phases]
+        joules = [cost.joules for cost in costs if cost.joules is not None]
+        sums = {n: sum(getattr(c, n) for c in costs) for n in ("seconds", "candidates", "activated", "flops")}
+        return Cost(**sums, joules=sum(joules) if joules else None)
 
     def state_dict(self) -> dict:
-        return {phase: asdict(account) for phase, account in self.accounts.items()}
+        self.switch(self.open)
+        return {phase: asdict(cost) for phase, cost in self.costs.items()}
 
     def load_state_dict(self, state: dict) -> None:
-        self.accounts = {phase: Account(**account) for phase, account in state.items()}
+        self.costs = {phase: Cost(**cost) for phase, cost in state.items()}
 
 
-# %% Why sources [markdown] tags=["shared"]
+def unit_saved(cost: Cost) -> float:
+    """Unit energy saved against activating every candidate, percent: a model, not a measurement."""
+    return 100 * (1 - cost.unit_energy / (UNIT_ACTIVATED * cost.candidates)) if cost.candidates else 0.0
+
+
+# %% One step [markdown] tags=["shared"]
+# ## The training loop
+#
+# ### One step
+#
+# Data flows one way: source → batch → step → memory → ledger → listeners. One loss that is not finite would
+# poison every weight through the optimiser, and masking it is not enough: the backward pass multiplies zero
+# by infinity. So the step looks at the gradients' norm, and where that is not finite, weights and batch-norm
+# statistics keep their old values. All of it stays on the device; nobody waits.
+
+
+# %% One step tags=["shared"]
+@dataclass
+class Batch:
+    """Samples on their way: indices int64 [B] and weights float32 [B] on the CPU, views and labels on the
+    device; missing: int64 [k], asked for with them and unreadable."""
+
+    indices: Tensor
+    weights: Tensor
+    images: Tensor
+    labels: Tensor
+    missing: Tensor
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def rows(self, indices: Tensor, weights: Tensor) -> Batch:
+        """Those of its samples that `indices` names, int64 [k], with new weights."""
+        order = self.indices.argsort()
+        rows = order[torch.searchsorted(self.indices[order], indices)]
+        rows = rows.to(self.labels.device, non_blocking=True)
+        return Batch(indices, weights, self.images[rows], self.labels[rows], self.missing[:0])
+
+    def cut(self, size: int) -> tuple[Batch, Batch]:
+        """The first `size` samples, and the rest."""
+        parts = [getattr(self, item.name).tensor_split([size]) for item in fields(self)]
+        return Batch(*(part[0] for part in parts)), Batch(*(part[1] for part in parts))
+
+    def joined(self, other: Batch) -> Batch:
+        """The samples of both."""
+        pairs = [(getattr(self, item.name), getattr(other, item.name)) for item in fields(self)]
+        return Batch(*(torch.cat(pair) for pair in pairs))
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    batch: Batch,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    judge: Callable[[Tensor, Tensor, Tensor], Tensor],
+    autocast: Callable[[], torch.autocast],
+    in_parts: Parts,
+    clip_norm: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One optimiser step on a batch; `judge` gives significances, `in_parts` runs in halves when memory ends.
+
+    Returns losses [B], significances [B] (NaN where the loss is not finite), and whether the step was taken,
+    a bool; all still on the device. Raises BadInput for a criterion that gives no loss a sample.
+    """
+    before, count = joined(float_buffers(model)), len(batch)
+    weights = batch.weights.to(batch.labels.device, non_blocking=True)
+
+    def backward(images: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        with autocast():
+            logits = model(images)
+        losses = criterion(logits.float(), labels)
+        check_losses(losses, labels)
+        finite = losses.detach().isfinite()
+        scaler.scale((torch.where(finite, losses, 0) * weights).sum() / count).backward()
+        return torch.stack([losses.detach(), judge(logits, labels, images)])
+
+    def restart() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        put_back(float_buffers(model), before)
+
+    optimizer.zero_grad(set_to_none=True)
+    parts = in_parts(backward, batch.images, batch.labels, weights, restart=restart)
+    losses, scores = torch.cat(parts, dim=1)
+    taken = guarded_step(model, optimizer, scaler, before, clip_norm)
+    return losses, torch.where(losses.isfinite(), scores, math.nan), taken
+
+
+# %% What may change while it trains [markdown] tags=["shared"]
+# ### What may change, and what is counted
+#
+# A person's wish arrives through `Controls` and takes hold at the next chunk of candidates. The counters of
+# the epoch in hand are a `Tally`; its losses stay on the device and are read once a chunk.
+
+
+# %% What may change while it trains tags=["shared"]
+class Controls:
+    """What a person may change while it trains, from any thread; `stop`, once it names a reason, ends the
+    run cleanly after the step in hand."""
+
+    def __init__(self):
+        self.values = {"target_activation": None, "learning_rate_factor": 1.0}  # None: the run's own
+        self.asked: deque[dict] = deque()  # not yet taken up
+        self.candidates = 0  # offered so far, as the trainer counts them
+        self.deadline = math.inf  # on time.monotonic()'s clock
+        self.paused = False
+        self.stop: str | None = None
+
+    def set(self, control: str, value: float) -> None:
+        """Asks for a target_activation (fraction) or a learning_rate_factor. Raises BadInput."""
+        bounds = {"target_activation": "(0, 1]", "learning_rate_factor": "(0, inf)"}
+        if control not in bounds or not within(value, bounds[control]):
+            known = " or ".join(f"{name} in {bound}" for name, bound in bounds.items())
+            raise BadInput(f"control {control} {value}: expected {known}")
+        self._ask(control, float(value))
+
+    def pause(self, paused: bool) -> None:
+        """Pauses after the step in hand, or goes on."""
+        self.paused = paused
+        self._ask("paused", paused)
+
+    def ask_stop(self, reason: str) -> None:
+        """A person's wish to save and stop, logged as such; `reason` goes into the summary."""
+        self._ask("stop", reason)
+        self.stop = reason
+
+    def _ask(self, control: str, new: object) -> None:
+        self.asked.append({"time": time.time(), "control": control, "new": new, "set_at": self.candidates})
+
+    def take(self, target: float) -> Iterator[dict]:
+        """Takes up what was asked; each change with its old value. target: the run's own."""
+        while self.asked:
+            change = self.asked.popleft()
+            own = {"target_activation": target, "paused": not change["new"], "stop": None}
+            old = self.values.get(change["control"]) or own.get(change["control"])
+            if change["control"] in self.values:
+                self.values[change["control"]] = change["new"]
+            words = f"{change['control'].replace('_', ' ')} {change['new']}"
+            yield change | {"old": old, "candidates": self.candidates, "words": words}
+
+    def stopping(self) -> bool:
+        if self.stop is None and time.monotonic() > self.deadline:
+            self.stop = "time limit"
+        return self.stop is not None
+
+    def wait_or_stop(self, ledger: Ledger) -> bool:
+        """Waits while paused, at nobody's cost; then says whether to stop."""
+        if self.paused:
+            with ledger.charge(None):
+                while self.paused and not self.stopping():
+                    time.sleep(0.02)
+        return self.stopping()
+
+
+@dataclass
+class Tally:
+    """What is being counted of the epoch in hand."""
+
+    n: int  # samples that will be offered
+    began: float  # training seconds on the ledger when it began
+    scoring: float  # scoring seconds then
+    candidates: int = 0  # offered
+    waiting: int = 0  # asked of the source, or about to be, and not here yet
+    held: int = 0  # chosen after the loader, not yet in a batch
+    trained: int = 0  # samples that went through a step
+    finite: int = 0  # of these, with a finite loss
+    loss: float = 0.0  # sum over those
+    skipped_steps: int = 0  # steps not taken
+    waited: float = 0.0  # seconds in which the step waited for data
+    pending: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # still on the device
+
+    def add(self, batch: Batch, losses: Tensor, scores: Tensor, taken: Tensor) -> None:
+        """Counts a step, without waiting for it."""
+        finite = losses.isfinite()
+        sums = torch.stack([torch.where(finite, losses, 0).sum(), finite.sum(), taken])
+        self.pending.append((batch.indices, scores, sums))
+        self.trained += len(batch)
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Indices and significances, on the CPU, of what was trained since the last call: the one sync."""
+        indices = torch.cat([indices for indices, _, _ in self.pending])
+        scores, sums = ([step[part] for step in self.pending] for part in (1, 2))
+        flat = torch.cat(scores + sums).cpu()
+        for loss, finite, taken in flat[len(indices) :].reshape(-1, 3).tolist():
+            self.loss += loss
+            self.finite += int(finite)
+            self.skipped_steps += not taken
+        self.pending = []
+        return indices, flat[: len(indices)]
+
+
+# %% The trainer [markdown] tags=["shared"]
+# ### The trainer
+#
+# An epoch offers every sample once, in random order, chunk by chunk. `choose` decides on a chunk only when
+# its batches are asked for, so the gate knows the newest scores. What it activates is packed into full
+# batches. The trainer prints nothing: it emits events, and the table, the bar, the files and the dashboard
+# are listeners.
+
+
+# %% The trainer tags=["shared"]
+class AdaptiveSparseTrainer:
+    """Trains any classifier on the samples that its gate activates.
+
+        trainer = AdaptiveSparseTrainer(model, train_loader, val_loader, ASTConfig(target_activation=0.4))
+        results = trainer.train(epochs=100, warmup_epochs=10)
+
+    model: [B, ...] images to [B, C] logits. train_loader, val_loader: a DataLoader, a map-style dataset of
+    (image, label), or two arrays. config: an ASTConfig or a dict of its fields. optimizer: AdamW if None; its
+    learning rates are the peaks of the schedule. criterion: per-sample losses [B]; cross-entropy if None.
+    gate: a gate object in place of the one that `config.gate` names. policy: the name in the records.
+    listeners: called with (event, data); a table if None. rates: activation rates to repeat, epoch by epoch.
+    save: called at the start and after each epoch, where `state_of` is all that is needed to go on.
+
+    Raises BadInput, in one sentence, for anything a person can mend.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_loader: object,
+        val_loader: object,
+        config: ASTConfig | dict | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+        *,
+        gate: object | None = None,
+        policy: str | None = None,
+        listeners: Iterable[Callable[[str, dict], None]] | None = None,
+        controls: Controls | None = None,
+        rates: list[float] | None = None,
+        seed: int = 0,
+        clip_norm: float = 0.0,
+        save: Callable[[], None] = lambda: None,
+    ):
+        self.config = config = ASTConfig.of(config)
+        self.device = pick_device(config.device)
+        self.dtype = pick_dtype(config.amp, self.device)
+        self.model = model.to(self.device)
+        size = config.batch_size or 64
+        self.train_source = as_source(train_loader, self.device, size, "train_loader")
+        self.val_source = as_source(val_loader, self.device, size, "val_loader")
+        self.optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=config.lr or 1e-3, fused=True)
+        self.peak_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self.criterion = criterion or nn.CrossEntropyLoss(reduction="none")
+        self.judge = functools.partial(significance, kind=config.significance)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+        self.score = functools.partial(score_views, self)
+        self.gate = gate or make_gate(config, self.train_source, self.score)
+        self.policy = policy or ("ast" if gate or config.gate in SCORED else config.gate)
+        self.full = config.gate == "full" and gate is None and rates is None
+        self.listeners = [print_table()] if listeners is None else list(listeners)
+        self.controls = controls or Controls()
+        self.in_parts = Parts(self.device, lambda text: self.emit("notice", text=text))
+        self.rates, self.seed, self.clip_norm, self.save = rates, seed, clip_norm, save
+        self.rows, self.changes = [], []  # of metrics.jsonl; by hand
+        self.resumed = False  # a restored state is what the next `train` goes on with
+
+    def train(self, epochs: int | None = None, warmup_epochs: int | None = None) -> dict:
+        """Trains to the end, or until `controls` stops it, and returns the results; again trains anew, on the
+        weights as they are.
+
+        Keys: final_accuracy and best_accuracy (percent), activation_rate (fraction), energy_savings (percent,
+        unit model), speedup with speedup_method, train_seconds, total_seconds, flops, joules with
+        joules_method, phases, and epochs, the rows of metrics.jsonl.
+        """
+        if not self.resumed:
+            begin(self, epochs, warmup_epochs)
+            self.checkpoint()
+        self.resumed = False
+        self.emit("start", **about(self))
+        while self.epoch < self.schedule.epochs and not self.controls.stopping():
+            with self.ledger.charge(self.phase):
+                if not self.train_epoch():
+                    break  # a resumed run trains this epoch again
+            self.rows.append(epoch_row(self, evaluate(self)))
+            self.tally = None
+            self.emit("epoch", **self.rows[-1], epochs=self.schedule.epochs, **outlook(self))
+            self.checkpoint()
+        self.apply_controls()  # what was asked after the last chunk: a stop, above all
+        results = results_of(self)
+        self.emit("end", **results)
+        return results
+
+    def train_epoch(self) -> bool:
+        """Offers every sample to the gate once and trains on what it activates; False where stopped."""
+        seconds = self.ledger.total(TRAINING_PHASES).seconds, self.ledger.costs["scoring"].seconds
+        self.tally = Tally(int(self.readable.sum()), *seconds)
+        self.apply_controls()
+        batches = self.arrivals(self.train_source.stream(self.choose()))
+        if self.gate.needs_views:
+            batches = packed(self.filter(batches), self.train_source.batch_size, self.tally)
+        waiting = time.perf_counter()
+        for batch in batches:
+            self.tally.waited += time.perf_counter() - waiting
+            self.step(batch)
+            if self.controls.wait_or_stop(self.ledger):
+                return False
+            waiting = time.perf_counter()
+        self.remember()
+        return True
+
+    def choose(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Indices and weights of one batch after the other, decided on when the source asks for them."""
+        readable = self.readable.nonzero().flatten()
+        order = readable[torch.randperm(len(readable), generator=self.generator)]
+        size, tally = self.train_source.batch_size, self.tally
+        indices, weights = order[:0], torch.empty(0)
+        while True:
+            while len(indices) < 2 * size and tally.candidates < len(order):
+                chunk = math.ceil(min(len(self.readable) / 20, 4 * size / self.rate))
+                chosen = self.decide(order[tally.candidates : tally.candidates + chunk])
+                tally.waiting += len(chosen[0])
+                indices, weights = torch.cat([indices, chosen[0]]), torch.cat([weights, chosen[1]])
+            if not len(indices):
+                return
+            take = batch_length(len(indices), size)
+            yield indices[:take], weights[:take]
+            indices, weights = indices[take:], weights[take:]
+
+    def decide(self, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        """What of a chunk is trained on, and its weights; all of it where the gate wants to see it first."""
+        began = time.perf_counter()
+        self.remember()
+        self.tally.waited -= time.perf_counter() - began  # that was for the device, not for data
+        self.apply_controls()
+        for counter in (self.tally, self.controls, self.ledger.costs[self.phase]):
+            counter.candidates += len(candidates)
+        chosen = candidates, torch.ones(len(candidates))
+        if not self.gate.needs_views:
+            if self.rate < 1:
+                chosen = self.gate.select(candidates, self.rate, self.generator)
+            self.emit("chunk", **decision(self, candidates, chosen[0]))
+        return chosen
+
+    def arrivals(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches that could be read; what is missing of them is offered no more."""
+        for batch in batches:
+            self.tally.waiting -= len(batch) + len(batch.missing)
+            if len(batch.missing):
+                self.readable[batch.missing] = False
+                self.gate.observe(batch.missing, torch.full((len(batch.missing),), math.nan))
+            if len(batch):
+                count_flops(self, batch)
+                yield batch
+
+    def filter(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """What a gate that needs views activates of each batch."""
+        for batch in batches:
+            chosen = batch
+            if self.rate < 1:
+                with self.ledger.charge("scoring"):
+                    views = Views(batch.indices, batch.images, batch.labels)
+                    indices, weights = self.gate.select(views, self.rate, self.generator)
+                    chosen = batch.rows(indices, weights)
+            self.emit("chunk", **decision(self, batch.indices, chosen.indices))
+            yield chosen
+
+    def step(self, batch: Batch) -> None:
+        """One step at the learning rate of the moment, counted and charged."""
+        shape = learning_rate_shape(self.progress) * self.controls.values["learning_rate_factor"]
+        for group, peak in zip(self.optimizer.param_groups, self.peak_lrs, strict=True):
+            group["lr"] = peak * shape
+        how = self.criterion, self.judge, self.autocast, self.in_parts, self.clip_norm
+        self.tally.add(batch, *train_step(self.model, self.optimizer, self.scaler, batch, *how))
+        cost = self.ledger.costs[self.phase]
+        cost.activated += len(batch)
+        cost.flops += len(batch) * self.flops["training"]
+        self.progress += (1 - self.progress) / steps_left(self)
+
+    def remember(self) -> None:
+        """Reads losses and scores from the device, and lets the gate remember them."""
+        if self.tally.pending:
+            indices, scores = self.tally.read()
+            self.gate.observe(indices, scores)
+            self.times_activated[indices] += self.rate < 1
+
+    def apply_controls(self) -> None:
+        """Takes up what a person asked for, and tells of it."""
+        for change in self.controls.take(self.config.target_activation):
+            at = self.epoch + (self.tally.candidates / self.tally.n if self.tally else 0)
+            self.changes.append(change | {"epochs": at, "seconds": self.ledger.total().seconds})
+            self.emit("control", **self.changes[-1])
+
+    def emit(self, event: str, **data: object) -> None:
+        for listener in self.listeners:
+            listener(event, data)
+
+    def checkpoint(self) -> None:
+        with self.ledger.charge("checkpoint"):
+            self.save()
+
+    def autocast(self) -> torch.autocast:
+        """The run's mixed precision, as a context."""
+        return torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch in hand, counted from 0."""
+        return len(self.rows)
+
+    @property
+    def phase(self) -> str:
+        return self.schedule.phase(self.epoch)
+
+    @property
+    def target(self) -> float:
+        return self.controls.values["target_activation"] or self.config.target_activation
+
+    @property
+    def rate(self) -> float:
+        """The activation rate aimed at now."""
+        return self.schedule.rate(self.epoch, self.target)
+
+
+# %% Around the loop tags=["shared", "fold"]
+# @title Around the loop
+def make_gate(config: ASTConfig, source: Source, score: Callable[[Tensor, Tensor], Tensor]) -> object:
+    """The gate that `config.gate` names, for the samples of `source`. Raises BadInput."""
+    if config.gate == "live":
+        return LiveGate(config, score)
+    if config.gate == "remembered" and config.balance:
+        return BalancedGate(config, len(source), getattr(source, "labels", None))
+    return RememberedGate(config, len(source)) if config.gate == "remembered" else RandomGate()
+
+
+def begin(trainer: AdaptiveSparseTrainer, epochs: int | None, warmup_epochs: int | None) -> None:
+    """Sets everything that a run counts to its start. Raises BadInput."""
+    given = {"epochs": epochs, "warmup_epochs": warmup_epochs}
+    config = replace(trainer.config, **{name: value for name, value in given.items() if value is not None})
+    trainer.schedule = Schedule.of(config, config.epochs or 10)
+    trainer.schedule.rates = [1.0] * trainer.schedule.epochs if trainer.full else trainer.rates
+    trainer.generator = torch.Generator().manual_seed(trainer.seed)
+    trainer.train_source.generator.manual_seed(trainer.seed)
+    trainer.ledger = Ledger(energy_meter(trainer.device))
+    n = len(trainer.train_source)
+    trainer.readable = torch.ones(n, dtype=torch.bool)
+    trainer.times_activated = torch.zeros(n, dtype=torch.int16)  # in gated epochs
+    trainer.rows, trainer.changes, trainer.tally = [], [], None
+    trainer.progress, trainer.flops, trainer.uncounted, trainer.advised = 0.0, {}, [], False
+    if trainer.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(trainer.device)
+    if not trainer.model.training:  # else what was frozen in eval mode stays so
+        trainer.model.train()
+
+
+def batch_length(held: int, size: int) -> int:
+    """Samples of the next batch, of `held` ones.
+
+    The last two batches share what is left: the gradient of four samples left over is mostly noise, and would
+    take a step of the whole learning rate. A lone last sample joins the batch before it, since batch norm
+    cannot train on one.
+    """
+    if held >= 2 * size:
+        return size
+    return held if held <= size + 1 else math.ceil(held / 2)
+
+
+def packed(batches: Iterable[Batch], size: int, tally: Tally) -> Iterator[Batch]:
+    """The same samples in full batches; `tally.held` counts those that wait for one."""
+    held = None
+    for batch in batches:
+        held = batch if held is None else held.joined(batch)
+        while len(held) >= 2 * size:
+            full, held = held.cut(size)
+            tally.held = len(held)
+            yield full
+        tally.held = len(held)
+    while held is not None and len(held):
+        full, held = held.cut(batch_length(len(held), size))
+        tally.held = len(held)
+        yield full
+
+
+def steps_left(trainer: AdaptiveSparseTrainer) -> int:
+    """Steps to the end of the run at the current target, the one in hand included."""
+    tally, size, rate = trainer.tally, trainer.train_source.batch_size, trainer.rate
+    through = rate if trainer.gate.needs_views else 1.0
+    left = (tally.held + through * tally.waiting + rate * (tally.n - tally.candidates)) / size
+    later = trainer.schedule.steps(trainer.epoch + 1, trainer.target, tally.n, size)
+    return 1 + math.ceil(left - 1e-6) + later
+
+
+def score_views(trainer: AdaptiveSparseTrainer, images: Tensor, labels: Tensor) -> Tensor:
+    """Significance [m] of views [m, ...] with labels int64 [m], by the model as it is now; charged."""
+    trainer.ledger.costs["scoring"].flops += len(images) * trainer.flops["evaluation"]
+
+    def forward(images: Tensor, labels: Tensor) -> Tensor:
+        return trainer.judge(trainer.model(images), labels, images)
+
+    with evaluating(trainer.model), trainer.autocast():
+        return torch.cat(trainer.in_parts(forward, images, labels))
+
+
+def evaluate(trainer: AdaptiveSparseTrainer) -> float:
+    """Accuracy on the validation set, percent; charged."""
+
+    def hits(images: Tensor, labels: Tensor) -> Tensor:
+        with trainer.autocast():
+            return (trainer.model(images).argmax(1) == labels).sum()
+
+    right, count = torch.zeros((), device=trainer.device), 0
+    with trainer.ledger.charge("evaluation"), evaluating(trainer.model):
+        for images, labels in trainer.val_source.in_order():
+            right += sum(trainer.in_parts(hits, images, labels))
+            count += len(labels)
+        trainer.ledger.costs["evaluation"].flops += count * trainer.flops.get("evaluation", 0.0)
+        return 100 * float(right) / count
+
+
+def count_flops(trainer: AdaptiveSparseTrainer, batch: Batch) -> None:
+    """FLOPs a sample of each mode, once, at nobody's cost. Raises BadInput for a model that does not fit."""
+    with trainer.ledger.charge(None):
+        for mode in () if trainer.flops else ("evaluation", "training"):
+            found = flops_per_sample(trainer.model, batch.images[:2], mode == "training", trainer.autocast)
+            trainer.flops[mode], uncounted, logits = found
+            check_outputs(logits, batch.labels)
+            trainer.uncounted = sorted({*trainer.uncounted, *uncounted})
+
+
+# %% Rows and results tags=["shared", "fold"]
+# @title Rows and results
+def about(trainer: AdaptiveSparseTrainer) -> dict:
+    """What a run begins with."""
+    n, epochs = len(trainer.train_source), trainer.schedule.epochs
+    run = {"policy": trainer.policy, "seed": trainer.seed, "epochs": epochs, "n": n}
+    return run | {"rows": list(trainer.rows), "changes": list(trainer.changes)}
+
+
+def decision(trainer: AdaptiveSparseTrainer, offered: Tensor, activated: Tensor) -> dict:
+    """What a decision of the gate came to, how far the epoch is, and what the run has cost."""
+    tally, ledger, total = trainer.tally, trainer.ledger, trainer.ledger.total()
+    now = {"candidates": tally.candidates, "n": tally.n, "progress": trainer.progress, "phase": trainer.phase}
+    now |= {"rate": trainer.rate, "gate": trainer.gate if trainer.rate < 1 else None}
+    now |= {"offered": len(offered), "activated": len(activated), "flops_per_sample": trainer.flops}
+    now |= {"seconds": total.seconds, "joules": total.joules, "scoring_flops": ledger.costs["scoring"].flops}
+    return now | {"train_seconds": ledger.total(TRAINING_PHASES).seconds}
+
+
+def outlook(trainer: AdaptiveSparseTrainer) -> dict:
+    """What the table tells beside a row: unit energy saved, and the seconds that the rest may take."""
+    spent, done = trainer.ledger.total(), trainer.progress
+    return {"unit_saved": unit_saved(spent), "eta_seconds": spent.seconds * (1 - done) / max(done, 1e-9)}
+
+
+PATIENCE = 20  # percent of an epoch that may be spent waiting for data before the trainer says so
+
+
+def epoch_row(trainer: AdaptiveSparseTrainer, accuracy: float) -> dict:
+    """The row of metrics.jsonl for the epoch just trained. Raises BadInput where no loss was finite."""
+    tally, number, rate = trainer.tally, trainer.epoch + 1, trainer.rate
+    if tally.trained and not tally.finite:
+        raise BadInput(f"train loss nan in epoch {number}: expected a finite one; lower the learning rate")
+    if tally.skipped_steps:
+        text = f"epoch {number}: {tally.skipped_steps} steps not taken, their gradients not being finite"
+        trainer.emit("notice", text=text)
+    seconds = trainer.ledger.total(TRAINING_PHASES).seconds - tally.began
+    scoring = trainer.ledger.costs["scoring"].seconds - tally.scoring
+    waited = 100 * (tally.waited - scoring) / seconds
+    if waited > PATIENCE and not trainer.advised:
+        trainer.advised = True
+        text = f"training waited for data in {waited:.0f} % of epoch {number}; {trainer.train_source.remedy}"
+        trainer.emit("notice", text=text)
+    gate, total = trainer.gate if rate < 1 else None, trainer.ledger.total()
+    controller = getattr(gate, "controller", None)
+    return {
+        "policy": trainer.policy,
+        "seed": trainer.seed,
+        "epoch": number,
+        "phase": trainer.phase,
+        "train_loss": tally.loss / max(1, tally.finite),
+        "val_accuracy": accuracy,
+        "target_activation": rate,
+        "activation_rate": tally.trained / tally.candidates,
+        "mean_activation": total.activated / total.candidates,
+        "threshold": getattr(gate, "threshold", None),
+        "controller": controller.state(rate) if controller else None,
+        "significance_quantiles": quantiles(trainer.gate),
+        "candidates": tally.candidates,
+        "activated": tally.trained,
+        "seconds": seconds,
+        "scoring_seconds": scoring,
+        "elapsed_seconds": total.seconds,
+        "data_wait_percent": waited,
+        "learning_rate": trainer.optimizer.param_groups[0]["lr"],
+    }
+
+
+def results_of(trainer: AdaptiveSparseTrainer) -> dict:
+    """The run so far; see `AdaptiveSparseTrainer.train`."""
+    ledger, meter = trainer.ledger, trainer.ledger.meter
+    total, accuracies = ledger.total(), [row["val_accuracy"] for row in trainer.rows]
+    phases = {phase: asdict(cost) | {"unit_energy": cost.unit_energy} for phase, cost in ledger.costs.items()}
+    if meter.method == "unavailable":
+        total.joules = None
+    return asdict(total) | {
+        "policy": trainer.policy,
+        "seed": trainer.seed,
+        "complete": trainer.epoch == trainer.schedule.epochs,
+        "final_accuracy": accuracies[-1] if accuracies else None,
+        "best_accuracy": max(accuracies, default=None),
+        "activation_rate": total.activated / max(1, total.candidates),
+        "energy_savings": unit_saved(total),
+        "speedup": UNIT_ACTIVATED * total.candidates / max(total.unit_energy, 1e-9),
+        "speedup_method": "unit model",
+        "train_seconds": ledger.total(TRAINING_PHASES).seconds,
+        "total_seconds": total.seconds,
+        "flops_per_sample": dict(trainer.flops),
+        "flops_uncounted": trainer.uncounted,
+        "unit_energy": total.unit_energy,
+        "joules_method": meter.method + (f" ({meter.reason})" if meter.reason else ""),
+        "peak_memory_mib": peak_memory_mib(trainer.device),
+        "samples_at_once": int(min(trainer.in_parts.limit, trainer.train_source.batch_size)),
+        "phases": phases,
+        "epochs": trainer.rows,
+        "changes": trainer.changes,
+    }
+
+
+def scores_of(gate: object) -> Tensor:
+    """The finite significances [k] that a gate ranks by; none if its `scores` are something else."""
+    scores = getattr(gate, "scores", None)
+    known = isinstance(scores, Tensor) and scores.ndim == 1
+    return scores[scores.isfinite()] if known else torch.empty(0)
+
+
+def quantiles(gate: object) -> list[float] | None:
+    """The 0, 5, … 100 % quantiles of the significances that a gate ranks by; None if it knows none."""
+    scores = scores_of(gate)
+    return [round(float(q), 5) for q in scores.quantile(torch.linspace(0, 1, 21))] if len(scores) else None
+
+
+def peak_memory_mib(device: torch.device) -> float | None:
+    """Peak memory: of torch on a GPU, of the whole process on a CPU (None where the system does not tell)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource  # Unix only
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+# %% State and checkpoints [markdown] tags=["shared"]
+# ### State
+#
+# State is saved at the end of an epoch, when nothing is in flight; a cut epoch is trained again. A checkpoint
+# is written beside its final name, flushed to disk, and only then renamed, so a crash at any moment leaves a
+# whole one. It begins with the SHA-256 of the rest: a damaged file is noticed, and the one before it serves.
+# Loading uses `weights_only=True`, which runs no code from the file.
+
+
+# %% State and checkpoints tags=["shared", "fold"]
+# @title State and checkpoints
+def state_of(trainer: AdaptiveSparseTrainer) -> dict:
+    """Everything that a bit-exact continuation needs, between two epochs."""
+    loaded = {name: getattr(trainer, name).state_dict() for name in LOADED}
+    return loaded | {
+        "schedule": asdict(trainer.schedule),
+        "generators": [trainer.generator.get_state(), trainer.train_source.generator.get_state()],
+        "random_states": random_states(trainer.device),
+        "controls": dict(trainer.controls.values),
+        "candidates": trainer.controls.candidates,
+        "unreadable": dict(trainer.train_source.unreadable),
+        "limit": trainer.in_parts.limit,
+        **{name: getattr(trainer, name) for name in KEPT},
+    }
+
+
+LOADED = ("model", "optimizer", "scaler", "gate", "ledger")
+KEPT = ("readable", "times_activated", "rows", "changes", "progress", "flops", "uncounted")
+
+
+def restore(trainer: AdaptiveSparseTrainer, state: dict) -> None:
+    """Takes up a `state_of`; the next `train` goes on from there."""
+    begin(trainer, state["schedule"]["epochs"], state["schedule"]["warmup"])
+    for name in LOADED:
+        getattr(trainer, name).load_state_dict(state[name])
+    for name in KEPT:
+        setattr(trainer, name, state[name])
+    trainer.schedule, trainer.resumed = Schedule(**state["schedule"]), True
+    trainer.generator.set_state(state["generators"][0])
+    trainer.train_source.generator.set_state(state["generators"][1])
+    restore_random_states(trainer.device, state["random_states"])
+    trainer.controls.values, trainer.controls.candidates = dict(state["controls"]), state["candidates"]
+    trainer.train_source.unreadable = dict(state["unreadable"])
+    trainer.in_parts.limit = state["limit"]
+
+
+def random_states(device: torch.device) -> list:
+    """States of the generators that a dataset of the user's may draw from."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    kind, keys, *rest = np.random.get_state()
+    return [torch.get_rng_state(), cuda, random.getstate(), (kind, keys.tolist(), *rest)]
+
+
+def restore_random_states(device: torch.device, states: list) -> None:
+    torch.set_rng_state(states[0])
+    if states[1] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+    random.setstate(states[2])
+    np.random.set_state(states[3])
+
+
+def write_by(path: Path, writer: Callable[[BinaryIO], None]) -> None:
+    """Writes a file so that it is there whole or not at all. Raises BadInput where the disk refuses."""
+    draft = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(draft, "wb") as file:
+            writer(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        reason = f"expected a folder with room to write in ({error.strerror}); choose another --out"
+        raise BadInput(f"{path}: {reason}") from error
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """As `write_by`."""
+    write_by(path, lambda file: file.write(content))
+
+
+def save_checkpoint(folder: Path, state: dict) -> None:
+    """Writes `state` as the newest checkpoint in `folder` and keeps the one before it."""
+    there = sorted(folder.glob("*.ckpt"))
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    payload = buffer.getvalue()
+    path = folder / f"{int(there[-1].stem) + 1 if there else 0:06d}.ckpt"
+    write_whole(path, hashlib.sha256(payload).digest() + payload)
+    for old in there[:-1]:
+        old.unlink()
+
+
+def load_checkpoint(folder: Path, say: Callable[[str], None]) -> dict | None:
+    """The newest whole checkpoint in `folder`, or None. Says so where a damaged one is passed over."""
+    damaged = []
+    for path in sorted(folder.glob("*.ckpt"), reverse=True):
+        content = path.read_bytes()
+        if hashlib.sha256(content[32:]).digest() == content[:32]:
+            for other in damaged:  # else one would count among the two that are kept
+                other.unlink()
+            return torch.load(io.BytesIO(content[32:]), weights_only=True, map_location="cpu")
+        say(f"warning: {path} is damaged; trying the checkpoint before it")
+        damaged.append(path)
+    return None
+
+
+# %% The model [markdown]
+# ## The model
+#
+# Any classifier of torchvision, with as many outputs as there are classes. Weights that were trained on
+# ImageNet are what makes fine-tuning short; only the last layer, which has another shape, begins anew.
+# Weights that cannot be had are an error: a model that silently began at random would learn far less, and
+# no figure of the run would say why.
+
+
+# %% The model
+def build_model(settings: Settings, data: ImageData, say: Callable = lambda line: None) -> nn.Module:
+    """The model and weights that the settings name, from views [B, 3, S, S] to logits [B, classes].
+
+    say: told what of it begins anew. With `probe_first` the last layer is the linear probe's. Raises
+    BadInput for weights that are not there or belong to another model, and sizes that the model cannot take.
+    """
+    model, new = bare_model(settings, len(data.classes)), []
+    if settings.weights != "none":
+        new = load_weights(settings, model)
+    say(f"weights: {settings.weights}" + (f"; begun anew: {', '.join(new)}" if new else ""))
+    name, head = head_of(model)
+    model.new_head = f"{name}.weight" in new and not settings.probe_first
+    if settings.probe_first:
+        weight, bias = probe_head(settings, data)
+        say(f"linear probe: {data.references['linear probe']['words']}")
+        fitted = {"weight": weight.view_as(head.weight), "bias": bias}
+        head.load_state_dict({key: fitted[key] for key in head.state_dict()})
+    return model.to(memory_format=torch.channels_last)
+
+
+def head_of(model: nn.Module) -> tuple[str, nn.Module]:
+    """Name and module of a classifier's last layer, the one that makes its logits."""
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
+
+
+# %% Views and the recipe [markdown]
+# ## Views and the recipe
+#
+# A *view* is what the model sees of an image. Cropping belongs to decoding, further down: a JPEG need not be
+# decoded finer than the crop asks for. All else is done for the whole batch at once on the training device:
+# flip, colours, and a rectangle erased now and then.
+
+# %% Views
+PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of ImageNet, 0 to 255
+JITTER = 0.2  # largest change of brightness, contrast and saturation, as a fraction
+ERASE = 0.1  # share of the views in which a rectangle is erased
+
+
+@functools.cache
+def pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each colour, copied to the device once: a copy in every step would wait."""
+    return torch.tensor(PIXEL_MEAN, device=device), torch.tensor(PIXEL_STD, device=device)
+
+
+def plain_view(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """For evaluation, nothing drawn: [B, H, W, 3], 0 to 255, to about zero mean and unit variance,
+    float [B, 3, H, W], channels last."""
+    mean, std = pixel_statistics(images.device)
+    return ((images - mean) / std).permute(0, 3, 1, 2)
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """A random flip, change of colours and erased rectangle, per sample.
+
+    images: uint8 [B, H, W, 3]. The generator is the CPU's, so that views do not depend on the device.
+    """
+    drawn = torch.rand(9, len(images), 1, 1, 1, generator=generator).to(images.device, non_blocking=True)
+    images = torch.where(drawn[0] < 0.5, images.flip(2), images).float()
+    images = change_colours(images, 1 + JITTER * (2 * drawn[1:4] - 1))
+    return erase_rectangle(plain_view(images), drawn[4:9])
+
+
+def change_colours(images: Tensor, factors: Tensor) -> Tensor:
+    """Scales brightness, contrast and saturation by `factors` [3, B, 1, 1, 1]; images float [B, H, W, 3]."""
+    brightness, contrast, saturation = factors
+    grey = images.mean(3, keepdim=True)
+    middle = grey.mean((1, 2), keepdim=True)
+    images = grey + (images - grey) * saturation
+    return ((images - middle) * contrast + middle).mul_(brightness).clamp_(0, 255)
+
+
+def erase_rectangle(views: Tensor, drawn: Tensor) -> Tensor:
+    """Zeroes a rectangle of 2 to 33 % of the area in a share of the views [B, 3, H, W].
+
+    drawn: uniform [5, B, 1, 1, 1]. Zhong et al. 2020, Random Erasing Data Augmentation.
+    """
+    chance, size, shape, top, left = (part.view(-1, 1, 1, 1) for part in drawn)
+    height, width = views.shape[2:]
+    area, ratio = 0.02 + 0.31 * size, torch.exp(math.log(0.3) * (2 * shape - 1))  # sides from 0.3 to 3.3
+    tall, broad = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    rows = (torch.arange(height, device=views.device)[:, None] + 0.5) / height - top * (1 - tall)
+    columns = (torch.arange(width, device=views.device) + 0.5) / width - left * (1 - broad)
+    inside = (rows >= 0) & (rows < tall) & (columns >= 0) & (columns < broad) & (chance < ERASE)
+    return views.masked_fill_(inside, 0.0)  # a copy would lose channels last
+
+
+# %% The recipe
+LABEL_SMOOTHING = 0.1  # of the loss that trains; significance uses the raw loss
+CLIP_NORM = 5.0  # largest norm of a step's gradients
+HEAD_RATE = 10  # learning rate of a new last layer on pretrained weights, times that of the rest
+
+
+def recipe(settings: Settings, model: nn.Module) -> tuple[torch.optim.Optimizer, nn.Module]:
+    """SGD with momentum for networks with batch norm, AdamW for others; a per-sample cross-entropy."""
+    convolutional = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    pretrained = settings.weights != "none"
+    peak = {(True, True): 0.02, (True, False): 0.1, (False, True): 1e-4, (False, False): 1e-3}
+    rate = settings.lr or peak[convolutional, pretrained] * (settings.batch_size / 128) ** 0.5
+    head = set(map(id, head_of(model)[1].parameters()))
+    groups = []
+    for new, decayed in itertools.product((False, True), (True, False)):
+        chosen = [p for p in model.parameters() if (id(p) in head) is new and (p.ndim > 1) is decayed]
+        faster = HEAD_RATE if new and getattr(model, "new_head", False) else 1
+        own = {"lr": rate * faster, "weight_decay": settings.weight_decay * decayed}
+        groups += [{"params": chosen} | own] if chosen else []
+    optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)
+    if convolutional:
+        optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True, fused=True)
+    return optimizer, nn.CrossEntropyLoss(reduction="none", label_smoothing=LABEL_SMOOTHING)
+
+
+def default_recipe(device: torch.device, dtype: torch.dtype | None) -> dict[str, object]:
+    """What the device decides of the training; a CPU gets a smaller network, smaller images, less time."""
+    workers = {"workers": min(8, os.cpu_count() or 1)}
+    if device.type == "cuda":
+        return workers | {"model": "resnet50", "image_size": 224, "epochs": 20, "batch_size": 128}
+    return workers | {"model": "resnet18", "image_size": 128, "epochs": 8, "batch_size": 64}
+
+
+def sources(settings: Settings, data: ImageData, device: torch.device) -> tuple[CropSource, CropSource]:
+    """Where training and validation samples come from: crops, decoded when they are asked for."""
+    settings = replace(settings, device=str(device))
+    train = CropSource(data.train_images, data.train_labels, settings, training=True)
+    return train, CropSource(data.val_images, data.val_labels, settings, training=False)
+
+
+# %% The data [markdown]
+# ## The data
+#
+# A hundred classes of ImageNet are some 130,000 photographs, more than memory holds as pixels: they stay on
+# the disk, and each is decoded when it is trained on. Decoding is what a small machine waits for most, and
+# where skipping pays first: *a photograph that the gate skips is never read.* Who wants more speed packs them
+# once, shrunk, into one array (`python -m data_setup`); both forms train.
+
+
+# %% Image data tags=["fold"]
+# @title Image data
+@dataclass
+class ImageData:
+    """What is trained on: pictures on the disk, or arrays uint8 [N, H, W, 3].
+
+    Labels are int64 [N] with values in [0, len(classes)).
+    """
+
+    name: str  # "imagenet100", "shapes", or the path's name
+    synthetic: bool  # True where the images are drawn, so accuracies say nothing about photographs
+    classes: list[str]  # names for people, all different
+    train_images: np.ndarray | Photos
+    train_labels: np.ndarray
+    val_images: np.ndarray | Photos
+    val_labels: np.ndarray
+    source: str  # where it is read from, for the log
+    difficulty: np.ndarray | None = None  # uint8 [N_train], shapes only: 0 easy, 1 hard, 2 mislabelled
+    unreadable: list[str] = field(default_factory=list)  # files that were skipped
+    references: dict[str, dict] = field(default_factory=dict)  # for the summary, measured without a gate
+    heads: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of linear probes
+
+
+# %% Photographs [markdown]
+# ### Photographs
+#
+# A box is drawn on the upright picture, and no more is decoded than it needs: where it is at least twice as
+# large as wanted, a JPEG is decoded at a half, a quarter or an eighth of its size.
+
+# %% Photographs tags=["fold"]
+# @title Photographs
+PICTURE = 96  # pixels, height and width of the plain pictures shown in the lessons
+KEEP = 1 << 30  # bytes of plain pictures held in memory
+DRAWS = 40  # numbers that choose a box: ten tries of four
+
+
+def crop_box(width: int, height: int, draws: Sequence[float] = ()) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of a crop, in pixels.
+
+    draws: DRAWS numbers in [0, 1) give, as torchvision's RandomResizedCrop, 8 to 100 % of the area, from 3:4
+    to 4:3; none give the square in the middle whose side is 7/8 of the short side, as 224 is of 256.
+    """
+    for share, shape, across, down in zip(*[iter(draws)] * 4, strict=True):
+        area, ratio = width * height * (0.08 + 0.92 * share), 0.75 * (16 / 9) ** shape
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(across * (width - w + 1)), int(down * (height - h + 1))
+            return left, top, left + w, top + h
+    side = 7 / 8 * min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+def open_image(raw: bytes) -> Image.Image:
+    """A picture, upright, from a file's bytes; of a JPEG only the head is decoded. Raises one of DAMAGE."""
+    image = Image.open(io.BytesIO(raw), formats=("JPEG", "PNG", "WEBP", "GIF", "BMP"))
+    upright = image.getexif().get(0x112, 1) == 1  # EXIF's orientation
+    return image if upright else ImageOps.exif_transpose(image)
+
+
+def crop(image: Image.Image, side: int, draws: Sequence[float] = ()) -> np.ndarray:
+    """The part of a picture that `draws` choose, uint8 [side, side, 3]. Raises one of DAMAGE."""
+    width, height = image.size
+    box = crop_box(width, height, draws)
+    shrink = min(box[2] - box[0], box[3] - box[1]) / side
+    if draft := image.draft(None, (int(width / shrink), int(height / shrink))):  # None but for JPEGs
+        box = tuple(edge * draft[1][2] / width for edge in box)
+    if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR, box))
+
+
+def crop_array(pixels: np.ndarray, side: int, draws: Sequence[float] = ()) -> np.ndarray:
+    """As `crop`, of an array uint8 [H, W, 3]: torch does it several times as fast as PIL."""
+    left, top, right, bottom = map(round, crop_box(pixels.shape[1], pixels.shape[0], draws))
+    batch = torch.from_numpy(pixels[top:bottom, left:right].copy())[None].permute(0, 3, 1, 2)
+    batch = F.interpolate(batch, (side, side), mode="bilinear", antialias=True)
+    return batch[0].permute(1, 2, 0).numpy()
+
+
+class Photos:
+    """Pictures that are decoded when asked for; indexing gives plain ones to look at."""
+
+    def __init__(self, place: Path | np.ndarray, names: Sequence):
+        """place: a folder or a .zip, names: files in it; or an array uint8 [N, H, W, 3] and its rows."""
+        self.place, self.names = place, names
+        self.archive = zipfile.ZipFile(place) if isinstance(place, Path) and place.is_file() else None
+        self.kept: dict[tuple[int, int], np.ndarray] = {}
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # of broken EXIF and its like
+
+    def chosen(self, rows: Iterable[int]) -> Photos:
+        """Those of some rows."""
+        photos = copy.copy(self)
+        photos.names, photos.kept = [self.names[row] for row in rows], {}
+        return photos
+
+    def read(self, index: int) -> bytes:
+        name = self.names[index]
+        return self.archive.read(name) if self.archive else (self.place / name).read_bytes()
+
+    def crop(self, index: int, side: int, draws: Sequence[float] = ()) -> np.ndarray:
+        """As `crop`; what nothing was drawn for is kept while KEEP allows."""
+        if not draws and (index, side) in self.kept:
+            return self.kept[index, side]
+        if isinstance(self.place, np.ndarray):
+            return crop_array(self.place[self.names[index]], side, draws)
+        picture = crop(open_image(self.read(index)), side, draws)
+        if not draws and len(self.kept) < KEEP // picture.nbytes:
+            self.kept[index, side] = picture
+        return picture
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: object) -> np.ndarray:
+        """Plain pictures, uint8 [..., PICTURE, PICTURE, 3]; unreadable ones are grey."""
+        rows = np.arange(len(self))[index]
+        pictures = np.full((*rows.shape, PICTURE, PICTURE, 3), 128, dtype=np.uint8)
+        for place, row in np.ndenumerate(rows):
+            with contextlib.suppress(*DAMAGE):
+                pictures[place] = self.crop(row, PICTURE)
+        return pictures
+
+
+# %% Crops [markdown]
+# ### Crops
+#
+# Threads decode, four batches ahead of the step and no further, since the gate should decide late, when it
+# knows the newest losses. All chance is drawn in the thread that trains: results do not depend on how many
+# threads there are.
+
+# %% Crops tags=["fold"]
+# @title Crops
+AHEAD = 4  # batches decoded before they are needed: about one chunk of the gate
+
+
+class CropSource:
+    """Crops of images, decoded by threads, batch by batch, and made the model's input on the device."""
+
+    def __init__(self, images: np.ndarray | Photos, labels: np.ndarray, settings: Settings, training: bool):
+        """training: random crops, augmented; else the plain middle."""
+        self.images = images if isinstance(images, Photos) else Photos(images, range(len(images)))
+        self.device, self.side = torch.device(settings.device), settings.image_size
+        self.labels = torch.as_tensor(labels).long().to(self.device)
+        self.batch_size, self.workers = settings.batch_size, settings.workers
+        self.training, self.generator = training, torch.Generator()
+        self.unreadable: dict[int, str] = {}  # index -> "name: reason"
+        self.remedy = f"raise --workers, now {self.workers}, or pack the images: python -m data_setup"
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def stream(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Batch]:
+        """A `Batch` for each pair of indices (int64 [B], CPU) and weights (float32 [B]), in their order.
+
+        Raises BadInput where more than 1 % of the images are unreadable.
+        """
+        pool, waiting = ThreadPoolExecutor(self.workers, "decode"), deque()
+        pinned, numbers = self.device.type == "cuda", DRAWS if self.training else 0
+        try:
+            for indices, weights in batches:
+                shape = (len(indices), self.side, self.side, 3)
+                pictures = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+                draws = torch.rand(len(indices), numbers, generator=self.generator).tolist()
+                fill = functools.partial(self.fill, pictures.numpy(), indices.tolist(), draws)
+                waiting.append((indices, weights, pictures, pool.map(fill, range(self.workers))))
+                if len(waiting) > AHEAD:
+                    yield self.finish(*waiting.popleft())
+            while waiting:
+                yield self.finish(*waiting.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def in_order(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Views and labels of all readable samples, for evaluation."""
+        batches = torch.arange(len(self)).split(self.batch_size)
+        for batch in self.stream((indices, torch.ones(len(indices))) for indices in batches):
+            if len(batch):
+                yield batch.images, batch.labels
+
+    def fill(self, pictures: np.ndarray, indices: list[int], draws: list, first: int) -> dict[int, str]:
+        """A thread's share of a batch, from `first` on; returns {index: why it cannot be read}."""
+        bad = {}
+        for place in range(first, len(indices), self.workers):
+            index = indices[place]
+            try:
+                pictures[place] = self.images.crop(index, self.side, draws[place])
+            except DAMAGE as error:  # one_line, less an address in memory
+                bad[index] = f"{self.images.names[index]}: {one_line(error).partition(' <')[0]}"
+        return bad
+
+    def finish(self, indices: Tensor, weights: Tensor, pictures: Tensor, shares: Iterator[dict]) -> Batch:
+        """The batch, once its pictures are there."""
+        bad = {index: reason for share in shares for index, reason in share.items()}
+        self.unreadable |= bad
+        check_unreadable(self.unreadable, len(self))
+        missing = torch.tensor(list(bad), dtype=torch.int64)
+        if bad:
+            good = ~torch.isin(indices, missing)
+            indices, weights, pictures = indices[good], weights[good], pictures[good]
+        pictures = pictures.to(self.device, non_blocking=True)
+        views = augment(pictures, self.generator) if self.training else plain_view(pictures)
+        labels = self.labels[indices.to(self.device, non_blocking=True)]
+        return Batch(indices, weights, views, labels, missing)
+
+
+# %% Layouts [markdown]
+# ### Layouts
+#
+# Kaggle's `ambityga/imagenet100` comes in parts, `train.X1` to `train.X4`, of 25 classes each: a class index
+# made part by part would give four classes the label 0. Others have `train/` and `val/`, or one folder a
+# class and no validation images at all. All of it may lie one folder deeper than you think, or in a `.zip`.
+# One listing reads them all; nothing is unpacked.
+#
+# Packed images are four `.npy` files and the names of the classes. They are mapped, not read: the operating
+# system loads the pages that are touched, so a set larger than memory opens at once, and a skipped picture is
+# never loaded.
+
+# %% Layouts tags=["fold"]
+# @title Layouts
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+SPLIT = r"(train|training|val|valid|validation|test|testing)(?:\.X[^/]*)?"
+LAYOUT = re.compile(rf"([^/]+/)??(?:{SPLIT}/)?([^/]+)/([^/]*)", re.IGNORECASE)  # folder, split, class, file
+PACKED = ("train_images", "train_labels", "val_images", "val_labels")
+
+
+def names_in(root: Path) -> list[str]:
+    """What lies below `root`, a folder or a .zip, sorted; folders end with "/".
+
+    Links are followed, and at most four levels. Raises one of DAMAGE.
+    """
+    names = []
+    if not root.is_dir():
+        with zipfile.ZipFile(root) as archive:
+            names = archive.namelist()
+    for place, folders, files in os.walk(root, followlinks=True):
+        above = Path(place).relative_to(root).parts
+        names += ["/".join((*above, name)) for name in (*files, *(f"{folder}/" for folder in folders))]
+        if len(above) == 3:
+            folders.clear()
+    return sorted(names)
+
+
+def find_splits(names: list[str]) -> dict[str, dict[str, list[int]]]:
+    """{class: rows of `names`} for "train", and for "val" if it has a folder. May raise ValueError."""
+    found: defaultdict[tuple, defaultdict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for row, name in enumerate(names):
+        match = LAYOUT.fullmatch(name)
+        if match and not any(part.startswith((".", "__MACOSX")) for part in name.split("/")):
+            above, split, label, file = match.groups(default="")
+            rows = found[above, split[:2].lower()][label]
+            rows += [row] if file.lower().endswith(IMAGE_SUFFIXES) else []
+    for above in sorted({above for above, _ in found}):
+        train, val = found.get((above, "tr")), found.get((above, "va")) or found.get((above, "te"))
+        if train and val:
+            return {"train": train, "val": val}
+    alone = sorted(place for place, classes in found.items() if sum(map(bool, classes.values())) > 1)
+    if len(alone) == 1 or ("", "") in alone:
+        return {"train": found[alone[0]]}
+    raise ValueError(f"folders of classes: {', '.join(map(''.join, alone)) or 'none'}")
+
+
+def divide(classes: dict[str, list[int]], fraction: float) -> dict[str, dict[str, list[int]]]:
+    """Sets a fraction of every class aside, evenly spread: the first image always, the second never."""
+    splits: dict[str, dict[str, list[int]]] = {"train": {}, "val": {}}
+    share = round(1000 * fraction)
+    for label, rows in classes.items():
+        for place, row in enumerate(rows):
+            split = "val" if place * share % 1000 < share else "train"
+            splits[split].setdefault(label, []).append(row)
+    return splits
+
+
+def read_folders(path: Path, val_fraction: float) -> ImageData:
+    """The photographs below `path`, a folder or a .zip, in any layout. Raises one of DAMAGE."""
+    photos = Photos(path, names_in(path))
+    splits = find_splits(photos.names)
+    labels, arrays = sorted(set().union(*splits.values())), {}
+    splits = splits if "val" in splits else divide(splits["train"], val_fraction)
+    for split, classes in splits.items():
+        counts = [len(classes.get(label, ())) for label in labels]
+        if 0 in counts:
+            raise ValueError(f"no image in {split} of class {labels[counts.index(0)]}")
+        arrays[f"{split}_images"] = photos.chosen(row for label in labels for row in classes[label])
+        arrays[f"{split}_labels"] = np.repeat(np.arange(len(labels)), counts)
+    return ImageData(path.stem, False, titles_of(labels, photos), **arrays, source=str(path))
+
+
+def titles_of(labels: list[str], photos: Photos) -> list[str]:
+    """Names for people: of Kaggle's Labels.json, {folder: "name, synonym"}, or the folders'."""
+    tables = [row for row, name in enumerate(photos.names) if name.rpartition("/")[2] == "Labels.json"]
+    table = dict(json.loads(photos.read(tables[0]))) if tables else {}
+    titles = [str(table.get(label, label)).partition(",")[0] for label in labels]
+    twice = {name for name in titles if titles.count(name) > 1}  # ImageNet has two cranes
+    return [f"{name} ({key})" if name in twice else name for name, key in zip(titles, labels, strict=True)]
+
+
+def read_packed(path: Path) -> ImageData:
+    """Maps packed arrays. Raises one of DAMAGE where one is missing, damaged, or of the wrong shape."""
+    arrays = {name: np.lib.format.open_memmap(path / f"{name}.npy", mode="r") for name in PACKED}
+    classes = json.loads((path / "classes.json").read_text(encoding="utf-8"))
+    for split in ("train", "val"):
+        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"].astype(int, casting="same_kind")
+        good = images.dtype == np.uint8 and images.shape[3:] == (3,) and labels.shape == images.shape[:1]
+        if not good or not 0 <= labels.min() <= labels.max() < len(classes):
+            raise ValueError(f"{split}: {images.dtype} {list(images.shape)}, labels to {labels.max()}")
+        arrays |= {f"{split}_images": Photos(images, range(len(labels))), f"{split}_labels": labels}
+    return ImageData(path.stem, False, classes, **arrays, source=str(path))
+
+
+# %% Where the data lie tags=["fold"]
+# @title Where the data lie
+PARTS = ("train", "train.X1", "train.X2", "train.X3", "train.X4")
+
+
+def load_data(settings: Settings, say: Callable[[str], None]) -> ImageData:
+    """The images that `settings.data` names: "auto", "imagenet100", "shapes" or a path.
+
+    Raises BadInput, in one sentence, for them, and for weights that cannot be had or do not fit.
+    """
+    for used in (settings.data, settings.weights):
+        place = Path(used).expanduser().resolve()
+        if place.exists() and Path(settings.out).resolve() in place.parents and not settings.resume:
+            raise BadInput(f"{used}: lies in --out {settings.out}, which the run renames; copy it elsewhere")
+    data = drawn(settings.train_size) if settings.data == "shapes" else read_data(settings)
+    build_model(settings, data, say)
+    return data
+
+
+def read_data(settings: Settings) -> ImageData:
+    """The images on the disk that the settings name. Raises BadInput."""
+    path = find_data(settings)
+    packed = [file.parent for above in ("", "*/") for file in path.glob(f"{above}train_images.npy")]
+    try:
+        data = read_packed(packed[0]) if packed else read_folders(path, settings.val_fraction)
+        if len(data.classes) < 2:
+            raise ValueError(f"the only class is {data.classes[0]}")
+    except DAMAGE as error:
+        raise BadInput(
+            f"--data {path}: {one_line(error)}; expected train/<class>/ with val/<class>/ or test/<class>/, "
+            "Kaggle's train.X1 and so on, val.X and Labels.json, a folder for each of two or more classes, "
+            f"a .zip of these, or {', '.join(PACKED)} .npy with classes.json; correct the path or the data"
+        ) from error
+    if settings.train_size:
+        rows = balanced_subset(data.train_labels, settings.train_size, len(data.classes))
+        data.train_images, data.train_labels = data.train_images.chosen(rows), data.train_labels[rows]
+    data.name = "imagenet100" if settings.data == "imagenet100" else path.stem
+    return data
+
+
+def find_data(settings: Settings) -> Path:
+    """The path that `settings.data` is, or where ImageNet-100 lies. Raises BadInput."""
+    if settings.data not in ("auto", "imagenet100"):
+        return Path(settings.data).expanduser().absolute()
+    folder = Path(settings.data_dir).expanduser()
+    for root in (folder, KAGGLE_INPUT):
+        if found := search(root, holds_imagenet, "imagenet"):
+            return found
+    raise BadInput(
+        f"--data {settings.data}: not found in {folder} nor in {KAGGLE_INPUT}, expected ImageNet-100 in one "
+        f"of them; attach {KAGGLE_DATA} to the notebook on Kaggle, or make it with python -m data_setup "
+        "imagenet100 make from an ILSVRC-2012 tree, or name a PATH"
+    )
+
+
+def holds_imagenet(path: Path) -> Path | None:
+    """`path` where a hundred classes named as ImageNet's lie, or packed arrays of a hundred; else None."""
+    if (path / "classes.json").is_file():
+        keys = json.loads((path / "classes.json").read_bytes())
+    elif path.is_file():
+        keys = set(re.findall(r"/(n\d{8})/", "\n".join(names_in(path))))
+    else:
+        keys = {folder.name for part in PARTS for folder in (path / part).glob("n????????")}
+    return path if len(keys) == 100 else None
+
+
+# %% Weights tags=["fold"]
+# @title Weights
+def bare_model(settings: Settings, classes: int) -> nn.Module:
+    """A classifier of torchvision with `classes` outputs and random weights.
+
+    Raises BadInput for a name that is none, or views of a size that it cannot take.
+    """
+    name, side = settings.model, settings.image_size
+    try:
+        if name not in torchvision.models.list_models(module=torchvision.models):
+            raise ValueError("there is none of that name")
+        options = {"image_size": side} if name.startswith("vit_") else {}
+        model = torchvision.models.get_model(name, num_classes=classes, **options)
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, side, side))
+    except (*DAMAGE, AssertionError) as error:
+        raise BadInput(
+            f"--model {name} --image-size {side}: expected a classifier of torchvision, such as resnet50, "
+            f"and a size that it takes, such as 224 ({one_line(error)}); correct them"
+        ) from error
+    return model.train()
+
+
+def read_weights(settings: Settings) -> dict[str, Tensor]:
+    """The state dict that `settings.weights` names, of which no code is run: a file's, or torchvision's,
+    searched for and else downloaded. Raises what torch raises."""
+    if settings.weights != "imagenet":
+        state = torch.load(Path(settings.weights).expanduser(), map_location="cpu", weights_only=True)
+        return state.get("state_dict", state.get("model", state))  # how training programs wrap it
+    weights, found = torchvision.models.get_model_weights(settings.model).DEFAULT, None
+    name = weights.url.rpartition("/")[2]
+    for root in (Path(settings.data_dir).expanduser(), KAGGLE_INPUT):
+        found = found or search(root, lambda folder: folder if (folder / name).is_file() else None)
+    how = {"map_location": "cpu", "check_hash": True, "weights_only": True}
+    return weights.get_state_dict(model_dir=found, **how)  # None: torch's cache
+
+
+def load_weights(settings: Settings, model: nn.Module) -> list[str]:
+    """Loads what fits of the weights that the settings name. Returns the names in the model that are left.
+
+    Raises BadInput where there are no weights, or they belong to another model.
+    """
+    # DenseNets are published with names that torchvision no longer uses: norm.1 for norm1.
+    old, own = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)"), model.state_dict()
+    try:
+        state = read_weights(settings)
+        state = {old.sub(r"\1\2", name.removeprefix("module.")): value for name, value in state.items()}
+        fitting = {name: v for name, v in state.items() if name in own and v.shape == own[name].shape}
+        missing = [name for name in own if name not in fitting and not name.endswith("num_batches_tracked")]
+        if sum(v.numel() for v in fitting.values()) < 0.5 * sum(v.numel() for v in model.parameters()):
+            raise ValueError(f"{len(missing)} tensors are not there or of another shape, first {missing[0]}")
+    except (*DAMAGE, pickle.UnpicklingError, AttributeError) as error:
+        url = torchvision.models.get_model_weights(settings.model).DEFAULT.url
+        raise BadInput(
+            f"--weights {settings.weights}: {one_line(error)}; expected those of {settings.model}: imagenet "
+            f"({url}, downloaded, or put into {settings.data_dir} or {KAGGLE_INPUT}), a FILE written by "
+            "torch.save(model.state_dict(), FILE), or none, to begin at random"
+        ) from error
+    own.update(fitting)
+    model.load_state_dict(own)
+    return missing
+
+
+# %% The linear probe tags=["fold"]
+# @title The linear probe
+def probe_head(settings: Settings, data: ImageData) -> tuple[Tensor, Tensor]:
+    """Weight [classes, d] and bias of the last layer that fits best on frozen weights, computed once; its
+    accuracy (percent) and seconds stand in `data.references`."""
+    key = settings.model, settings.weights, settings.image_size
+    if key not in data.heads:
+        began = time.perf_counter()
+        model = build_model(replace(settings, probe_first=False), data)
+        model.set_submodule(head_of(model)[0], nn.Identity())
+        train, val = sources(settings, data, torch.device(settings.device))
+        train.training, train.images = False, train.images.chosen(range(len(train)))  # plain, and not kept
+        (features, labels), (val_features, val_labels) = (
+            features_of(model, source) for source in (train, val)
+        )
+        weight, bias = fit_last_layer(features, labels, len(data.classes))
+        right = F.linear(val_features, weight, bias).argmax(1) == val_labels
+        accuracy, seconds = 100 * float(right.float().mean()), time.perf_counter() - began
+        words = f"{accuracy:.2f} % with everything but a new last layer frozen, in {seconds:.1f} s"
+        data.references["linear probe"] = {"accuracy": accuracy, "seconds": seconds, "words": words}
+        data.heads[key] = weight, bias
+    return data.heads[key]
+
+
+@torch.no_grad()
+def features_of(model: nn.Module, source: CropSource) -> tuple[Tensor, Tensor]:
+    """What a frozen model makes of the views of a source, float32 [N, d], and their labels [N]."""
+    model.to(source.device).eval()
+    parts = [(model(views), labels) for views, labels in source.in_order()]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def fit_last_layer(features: Tensor, labels: Tensor, classes: int, epochs: int = 30) -> tuple[Tensor, Tensor]:
+    """Logistic regression on features [N, d] by AdamW; the same weight and bias every time."""
+    mean, spread = features.mean(0), features.std(0) + 0.1 * features.std() + 1e-6  # some features are dead
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.zeros(classes, features.shape[1], device=features.device, requires_grad=True)
+    bias = torch.zeros(classes, device=features.device, requires_grad=True)
+    optimizer = torch.optim.AdamW([weight, bias], lr=2e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(labels), generator=generator).to(labels.device).split(256):
+            optimizer.zero_grad()
+            F.cross_entropy(F.linear((features[rows] - mean) / spread, weight, bias), labels[rows]).backward()
+            optimizer.step()
+        schedule.step()
+    weight = weight.detach() / spread  # for features as they are
+    return weight, bias.detach() - weight @ mean
+
+
+def show_probe(settings: Settings, data: ImageData) -> None:
+    """Prints what a new last layer alone reaches on the frozen weights."""
+    probe_head(settings, data)
+    print(f"linear probe: {data.references['linear probe']['words']}")
+
+
+# %% Pick a balanced subset tags=["shared", "fold"]
+# @title Pick a balanced subset
+def balanced_subset(labels: np.ndarray, size: int, classes: int) -> np.ndarray | slice:
+    """Choose `size` of the labels (int64 [N]), evenly over the classes; the same choice every time.
+
+    Returns sorted indexs, or the whole slice where size is 0.
+    Raises BadInput where size is below the number of classes or above N.
+    """
+    if size == 0:
+        return slice(None)
+    if not classes <= size <= len(labels):
+        raise BadInput(f"--train-size {size}: expected 0 (all), or {classes} to {len(labels)}; change it")
+    order = np.random.default_rng(0).permutation(len(labels))
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    turn = np.empty(
+        len(labels), dtype=np.int64
+    )  # its place in the queue of its class; all firsts are taken first
+    turn[by_class] = np.concatenate([np.arange(count) for count in np.bincount(labels)])
+    return np.sort(order[np.argsort(turn[order], kind="stable")[:size]])
+
+
+# %% What every reader needs tags=["shared", "fold"]
+# @title What every reader needs
+SPLITS = ("train", "val", "test")
+KAGGLE_INPUT = Path("/kaggle/input")  # holds <slug>/ and datasets/<owner>/<slug>/
+SEARCH_FOLDERS = 1000  # looked into, and names read in each: inputs may be millions of files on a slow disk
+DAMAGE = (OSError, EOFError, ValueError, RuntimeError, MemoryError, LookupError, SyntaxError, TypeError)
+DAMAGE += (struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile, Image.DecompressionBombError)
+
+
+def one_line(error: Exception) -> str:
+    """An error's own words on one line, since bad input gets one sentence."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def drawn(size: int) -> ImageData:
+    """Draw `shapes` with `size` training images (0: 12,000). Raises BadInput below one a class."""
+    if size and size < len(FIGURES):
+        raise BadInput(f"--train-size {size}: expected 0 (12,000) or {len(FIGURES)} and more; raise it")
+    return shapes(size or 12_000)
+
+
+def search(root: Path, test: Callable[[Path], Any], word: str = "") -> Any:
+    """Look for data in `root` and its folders, nearest first, bounded in folders and in names read.
+
+    test(path) is asked of every folder, and of every .zip with `word` in its name (none where it is ""), and
+    answers None where it knows nothing. Returns the first answer that is not None, else None.
+    """
+    places = [root]
+    for place in itertools.islice(places, SEARCH_FOLDERS):  # of a list that grows meanwhile
+        with contextlib.suppress(*DAMAGE):  # not there, not ours to read, or not whole
+            if (answer := test(place)) is not None:
+                return answer
+            with os.scandir(place) as names:
+                entries = sorted(itertools.islice(names, SEARCH_FOLDERS), key=lambda entry: entry.name)
+            for entry in entries:
+                zipped = word and word in entry.name.lower() and entry.name.lower().endswith(".zip")
+                if zipped or (entry.is_dir() and entry.name.partition(".")[0] not in SPLITS):
+                    places += [place / entry.name]
+    return None
+
+
+# %% Drawn images [markdown] tags=["shared"]
+# ### Drawn images
+#
+# A notebook without internet must still show something real, and a test of the gate needs to know the truth
+# about every sample. Photographs offer neither, so we draw: ten kinds of figure, coloured, textured, rotated,
+# on a cluttered ground. Each training sample is drawn to be
+#
+# - **easy** (60 %): large, in strong contrast, little clutter;
+# - **hard** (35 %): two of low contrast, small, half covered, heavy clutter;
+# - **mislabelled** (5 %): easy to see, but the label is wrong. Its loss stays high whatever the model learns,
+#   so a gate that trusts the loss alone keeps paying for it.
+#
+# Validation labels are all right.
+
+# %% Drawn images tags=["shared", "fold"]
+# @title Drawn images
+# Each figure is a signed distance: negative inside, positive outside, y up, in units of the figure's
+# radius. One formula draws it at any size and angle with a smooth edge. No figure is another one's mirror
+# image, since training flips pictures.
+Outline = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def arrow(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    head = np.maximum(0.707 * (np.abs(x) + y - 0.95), -0.05 - y)
+    shaft = np.maximum(np.abs(x) - 0.27, np.abs(y + 0.45) - 0.5)
+    return np.minimum(head, shaft)
+
+
+def crescent(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.maximum(np.hypot(x, y) - 0.95, 0.78 - np.hypot(x - 0.45, y))
+
+
+def heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    side = 0.46  # half the side of the square that stands on its corner, and the radius of both lobes
+    a, b = (x + y + 0.1) * 0.707, (y + 0.1 - x) * 0.707
+    lobes = np.minimum(np.hypot(a - side, b), np.hypot(a, b - side))
+    return np.minimum(np.maximum(np.abs(a), np.abs(b)), lobes) - side
+
+
+def hourglass(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.maximum(0.76 * (np.abs(x) - 0.85 * np.abs(y) - 0.05), np.abs(y) - 0.9)
+
+
+def plus(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    upright = np.maximum(np.abs(x) - 0.27, np.abs(y) - 0.92)
+    return np.minimum(upright, np.maximum(np.abs(y) - 0.27, np.abs(x) - 0.92))
+
+
+def star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    sector = 2 * np.pi / 5
+    angle = np.abs((np.arctan2(x, y) + sector / 2) % sector - sector / 2)  # fold five points into half a one
+    radius = np.hypot(x, y)
+    edge = np.array([0.42 * np.sin(sector / 2), 0.42 * np.cos(sector / 2) - 1.0])  # from the tip to the notch
+    normal = np.array([-edge[1], edge[0]], dtype=np.float32) / np.float32(np.hypot(*edge))
+    return radius * np.sin(angle) * normal[0] + (radius * np.cos(angle) - 1) * normal[1]
+
+
+FIGURES: dict[str, Outline] = {
+    "arrow": arrow,
+    "circle": lambda x, y: np.hypot(x, y) - 0.9,
+    "crescent": crescent,
+    "heart": heart,
+    "hourglass": hourglass,
+    "plus": plus,
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.72) - 0.2,
+    "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) - 0.78,
+    "star": star,
+    "triangle": lambda x, y: np.maximum(0.866 * np.abs(x) + 0.5 * y, -y) - 0.5,
+}
+
+
+DRAWN_SIZE = 32  # pixels, height and width of a drawn image
+GRID_Y, GRID_X = (g.astype(np.float32) + 0.5 for g in np.mgrid[:DRAWN_SIZE, :DRAWN_SIZE])  # pixel centres
+
+
+def blotches(rng: np.random.Generator, n: int, cells: int) -> np.ndarray:
+    """Smooth noise, float32 [n, 32, 32], about -1 to 1: a coarse random grid, interpolated."""
+    coarse = rng.uniform(-1, 1, (n, cells + 1, cells + 1)).astype(np.float32)
+    at = (np.arange(DRAWN_SIZE, dtype=np.float32) + 0.5) * cells / DRAWN_SIZE
+    weight = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(cells + 1)))  # [32, cells + 1], linear hats
+    weight = weight.astype(np.float32)
+    return weight @ coarse @ weight.T
+
+
+def column(rng: np.random.Generator, n: int, low: float, high: float) -> np.ndarray:
+    """Uniform draws, float32 [n, 1, 1], one a picture."""
+    return rng.uniform(low, high, (n, 1, 1)).astype(np.float32)
+
+
+def stroke(rng: np.random.Generator, n: int, x: np.ndarray, y: np.ndarray, width: np.ndarray) -> np.ndarray:
+    """Coverage in [0, 1], float32 [n, 32, 32], of a random stroke a picture at (x, y); width in pixels."""
+    angle, half = column(rng, n, 0, np.pi), column(rng, n, 0, 12)
+    dx, dy = GRID_X - x, GRID_Y - y
+    along = np.clip(dx * np.cos(angle) + dy * np.sin(angle), -half, half)
+    distance = np.hypot(dx - along * np.cos(angle), dy - along * np.sin(angle))
+    return np.clip(0.5 + width / 2 - distance, 0, 1)
+
+
+def paint(canvas: np.ndarray, coverage: np.ndarray, colour: np.ndarray) -> np.ndarray:
+    """Lay colour [n, 3, 1 or 32, 1 or 32] over canvas [n, 3, 32, 32] where coverage [n, 32, 32] is 1."""
+    return canvas + coverage[:, None] * (colour - canvas)
+
+
+def draw(rng: np.random.Generator, figures: np.ndarray, hard: np.ndarray) -> np.ndarray:
+    """Draw one picture a row of `figures` (int64 [n]); `hard` is bool [n]. Returns uint8 [n, 32, 32, 3]."""
+    n = len(figures)
+    ranks = rng.random((n, 4)).argsort(axis=1)  # a hard picture gets two hardships of the four
+    low_contrast, small, covered, crowded = ((ranks < 2) & hard[:, None]).T[:, :, None, None]
+
+    def colours(low: float = 0, high: float = 1) -> np.ndarray:
+        return rng.uniform(low, high, (n, 3, 1, 1)).astype(np.float32)
+
+    ground, direction = colours(0.15, 0.85), rng.standard_normal((n, 3, 1, 1), dtype=np.float32)
+    contrast = np.where(low_contrast, np.float32(0.25), column(rng, n, 0.55, 0.8))  # distance in RGB
+    away = contrast[:, None] * direction / np.linalg.norm(direction, axis=1, keepdims=True)
+    away = np.where(np.abs(ground + away - 0.5) > 0.5, -away, away)  # stay inside [0, 1]
+    colour = ground + away
+
+    canvas = ground + colours(0, 0.24) * blotches(rng, n, 3)[:, None]
+    for index in range(7):
+        shown = crowded if index > 1 else column(rng, n, 0, 1) < 0.6 + 0.4 * crowded
+        x, y, width = column(rng, n, 0, 32), column(rng, n, 0, 32), column(rng, n, 1, 3.5)
+        canvas = paint(canvas, 0.8 * shown * stroke(rng, n, x, y, width), colours())
+
+    radius = np.where(small, column(rng, n, 5, 7), column(rng, n, 8, 12))
+    x, y = (16 + column(rng, n, -0.7, 0.7) * np.maximum(1, 15 - radius) for _ in range(2))
+    angle = column(rng, n, -0.3, 0.3) * (1 + 0.5 * hard[:, None, None].astype(np.float32))  # radians
+    dx, dy, cos, sin = GRID_X - x, GRID_Y - y, np.cos(angle) / radius, np.sin(angle) / radius
+    u, v = dx * cos + dy * sin, dx * sin - dy * cos
+    distance = np.empty_like(u)
+    for index, figure in enumerate(FIGURES.values()):
+        rows = figures == index
+        distance[rows] = figure(u[rows], v[rows])
+    stripes = np.sin(u * column(rng, n, 5, 14) + v * column(rng, n, -9, 9))
+    texture = np.where(column(rng, n, -1, 1) < 0, stripes, 1.5 * blotches(rng, n, 8))
+    depth = np.where(low_contrast, np.float32(0.04), column(rng, n, 0.03, 0.13))
+    canvas = paint(canvas, np.clip(0.5 - distance * radius, 0, 1), colour + (texture * depth)[:, None])
+
+    x, y = (centre + column(rng, n, -0.6, 0.6) * radius for centre in (x, y))
+    over = covered * stroke(rng, n, x, y, radius * column(rng, n, 0.4, 0.65))
+    canvas = paint(canvas, over, colours())
+    canvas += np.float32(0.03) * rng.standard_normal(canvas.shape, dtype=np.float32)
+    return (np.clip(canvas, 0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def shapes(n_train: int = 12_000, n_val: int = 2_000, seed: int = 0) -> ImageData:
+    """Draw the embedded ten-class set; the same seed gives the same bytes.
+
+    Returns n_train and n_val pictures; `difficulty` holds exactly 60 % easy, 35 % hard, 5 % mislabelled.
+    Raises BadInput where either count is below the ten classes.
+    """
+    count = len(FIGURES)
+    if min(n_train, n_val) < count:
+        raise BadInput(f"shapes with {min(n_train, n_val)} images: expected at least {count}, one a class")
+    rng = np.random.default_rng(seed)
+
+    def split(n: int, mislabelled: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        labels = rng.permutation(np.arange(n) % count)
+        hard = round(0.35 * n)
+        difficulty = rng.permutation(np.repeat([0, 1, 2], [n - hard - mislabelled, hard, mislabelled]))
+        blocks = [slice(i, i + 500) for i in range(0, n, 500)]  # blocks that stay in the processor's cache
+        images = np.concatenate([draw(rng, labels[b], difficulty[b] == 1) for b in blocks])
+        wrong = difficulty == 2
+        labels[wrong] = (labels[wrong] + rng.integers(1, count, mislabelled)) % count
+        return images, labels, difficulty.astype(np.uint8)
+
+    train_images, train_labels, difficulty = split(n_train, round(0.05 * n_train))
+    val_images, val_labels, _ = split(n_val, 0)
+    arrays = train_images, train_labels, val_images, val_labels
+    return ImageData("shapes", True, list(FIGURES), *arrays, f"the drawing seed {seed}", difficulty)
+
+
+# %% Where samples come from [markdown] tags=["shared"]
+# ## Machinery
+#
 # ### Where samples come from
 #
 # A source turns batches of indices into batches of views, and is asked for activated samples only. Arrays
@@ -2853,7 +2526,17 @@ class Ledger:
 # through.
 
 
-# %% Where samples come from tags=["shared"]
+# %% Where samples come from tags=["shared", "fold"]
+# @title Where samples come from
+class Source(Protocol):
+    """What the trainer takes samples from; `__len__`, `stream` and `in_order` are as an ArraySource's."""
+
+    batch_size: int
+    generator: torch.Generator  # what views are drawn with; checkpoints hold its state
+    unreadable: dict[int, str]  # index of each sample that could not be read, and why
+    remedy: str  # what to do where training waits for data
+
+
 def as_input(images: Tensor) -> Tensor:
     """A model's float32 input: uint8 [B, H, W, C] becomes [B, C, H, W] in [0, 1]; others stay."""
     if images.dtype != torch.uint8:
@@ -2862,27 +2545,11 @@ def as_input(images: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2) if images.ndim == 4 and images.shape[-1] in (1, 3) else images
 
 
-@runtime_checkable
-class Source(Protocol):
-    """What the trainer takes samples from: `ArraySource`, `DatasetSource`, or your own."""
-
-    batch_size: int
-    generator: torch.Generator  # what views are drawn with; checkpoints hold its state
-    moment: tuple[int, int]  # seed and epoch, set before each epoch, for draws that need no state
-    unreadable: dict[int, str]  # index of each sample that could not be read, and why
-    remedy: str  # what to do where training waits for data
-
-    def __len__(self) -> int: ...
-
-    def stream(self, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """For each batch of indices (int64 [B], CPU): those that could be read, their views, their labels."""
-
-    def in_order(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Views and labels of all samples, for evaluation."""
-
-
 class ArraySource:
-    """Images and labels held on the training device; `view` makes a batch of images the model's input."""
+    """Images [N, ...] and labels [N] held on the training device; `view(images, generator)` makes a batch of
+    images the model's input."""
+
+    remedy = "the data lie on the device, so the processor is slow or busy: raise the batch size"
 
     def __init__(
         self,
@@ -2890,88 +2557,43 @@ class ArraySource:
         labels: object,
         device: torch.device,
         batch_size: int,
-        view: Callable | None = None,
+        view: Callable = lambda images, generator: as_input(images),
     ):
-        """images [N, ...], labels [N]; `view(images, generator)` makes a batch the model's input."""
         with warnings.catch_warnings():  # memory-mapped arrays are read-only, and we only read
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
             self.images = torch.as_tensor(images).to(device)
         self.labels = torch.as_tensor(labels).long().to(device)
         if len(self.images) != len(self.labels):
-            raise BadInput(
-                f"{len(self.images)} images with {len(self.labels)} labels: expected as many of each"
-            )
-        self.device, self.batch_size = device, batch_size
-        self.view = view or (lambda images, generator: as_input(images))
-        self.generator = torch.Generator(device)
+            raise BadInput(f"{len(self.images)} images, {len(self.labels)} labels: expected as many of each")
+        self.batch_size, self.view, self.generator = batch_size, view, torch.Generator(device)
         self.unreadable: dict[int, str] = {}
-        self.moment = (0, 0)
-        self.remedy = "the data lie on the device, so the processor is slow or busy: raise the batch size"
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def stream(self, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """As `Source.stream`; all can be read."""
-        for indices in batches:
-            rows = indices.to(self.device, non_blocking=True)
-            yield indices, self.view(self.images[rows], self.generator), self.labels[rows]
+    def stream(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Batch]:
+        """A Batch for each (indices int64 [B], weights [B]), in their order."""
+        for indices, weights in batches:
+            rows = indices.to(self.labels.device, non_blocking=True)
+            views = self.view(self.images[rows], self.generator)
+            yield Batch(indices, weights, views, self.labels[rows], indices[:0])
 
     def in_order(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """As `Source.in_order`."""
+        """Views and labels of all samples, for evaluation."""
         size = max(self.batch_size, 500)
-        for start in range(0, len(self), size):
-            images = self.images[start : start + size]
-            yield self.view(images, self.generator), self.labels[start : start + size]
-
-
-def refuse_if_many(unreadable: dict[int, str], count: int) -> None:
-    """Raises BadInput where more than 1 % of `count` samples are unreadable."""
-    if len(unreadable) > 0.01 * count:
-        index, reason = next(iter(unreadable.items()))
-        raise BadInput(
-            f"{len(unreadable)} of {count} samples: expected at most 1 % unreadable; mend or remove them "
-            f"(the first is sample {index}: {reason})"
-        )
-
-
-class Readable(Dataset):
-    """A dataset that answers (index, sample), or (index, the error) for a sample that cannot be read."""
-
-    def __init__(self, dataset: object):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[int, object]:
-        try:
-            return index, self.dataset[index]
-        except OSError as error:  # what PIL and the file system raise for a broken image
-            return index, error
-
-
-class Collate:
-    """Splits off the unreadable and hands the rest to the user's collate function."""
-
-    def __init__(self, collate: Callable):
-        self.collate = collate
-
-    def __call__(self, items: list[tuple[int, object]]) -> tuple[Tensor, object, dict[int, str]]:
-        good = [(index, sample) for index, sample in items if not isinstance(sample, OSError)]
-        bad = {index: str(sample) for index, sample in items if isinstance(sample, OSError)}
-        batch = self.collate([sample for _, sample in good]) if good else None
-        return torch.tensor([index for index, _ in good], dtype=torch.int64), batch, bad
+        for images, labels in zip(self.images.split(size), self.labels.split(size), strict=True):
+            yield self.view(images, self.generator), labels
 
 
 class DatasetSource:
     """A map-style dataset of (image, label), read by a DataLoader with the user's own settings."""
 
+    remedy = "give the DataLoader more workers"
+
     def __init__(self, loader: DataLoader, device: torch.device):
         self.loader, self.device, self.batch_size = loader, device, loader.batch_size
         self.unreadable: dict[int, str] = {}
         self.generator = torch.Generator()
-        self.moment, self.remedy = (0, 0), "give the DataLoader more workers"
 
     def __len__(self) -> int:
         return len(self.loader.dataset)
@@ -2986,30 +2608,51 @@ class DatasetSource:
         values = np.asarray(None if changed else targets)
         return torch.from_numpy(values).long() if values.dtype.kind in "iu" else None
 
-    def stream(self, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """As `Source.stream`; asks the dataset for these indices and no others."""
-        loader = DataLoader(
-            Readable(self.loader.dataset),
-            batch_sampler=(indices.tolist() for indices in batches),
-            collate_fn=Collate(self.loader.collate_fn),
-            num_workers=self.loader.num_workers,
-            prefetch_factor=self.loader.prefetch_factor,
-            pin_memory=self.loader.pin_memory,
-            worker_init_fn=self.loader.worker_init_fn,
-            timeout=self.loader.timeout,
-            generator=self.generator,
-        )
-        for indices, batch, bad in loader:
-            self.unreadable.update(bad)
-            refuse_if_many(self.unreadable, len(self))
-            images, labels = self.move(batch) if len(indices) else (torch.empty(0), torch.empty(0))
-            yield indices, images, labels
+    def stream(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Batch]:
+        """A Batch for each (indices, weights). No class of ours goes to a worker, however it starts."""
+        asked: deque[tuple[Tensor, Tensor]] = deque()
+
+        def rows() -> Iterator[list[int]]:
+            for batch in batches:
+                asked.append(batch)
+                yield batch[0].tolist()
+
+        names = ("collate_fn", "num_workers", "prefetch_factor", "pin_memory", "worker_init_fn", "timeout")
+        own = {name: getattr(self.loader, name) for name in (*names, "multiprocessing_context")}
+        samples = iter(DataLoader(self.loader.dataset, batch_sampler=rows(), generator=self.generator, **own))
+        while True:
+            missing: list[int] = []
+            try:
+                batch = next(samples)
+            except StopIteration:
+                return
+            except Exception as error:  # a dataset raises what it likes
+                batch, missing = self.one_by_one(asked[0][0].tolist(), error)
+            indices, weights = asked.popleft()
+            lost = torch.isin(indices, torch.tensor(missing, dtype=torch.int64))
+            images, labels = (torch.empty(0), torch.empty(0)) if batch is None else self.move(batch)
+            yield Batch(indices[~lost], weights[~lost], images, labels, indices[lost])
+
+    def one_by_one(self, indices: list[int], error: Exception) -> tuple[object, list[int]]:
+        """A batch of those samples that can be read, None of none; and the others, at most 1 % of the set.
+
+        Raises `error`, which the batch failed with, where every one of them can be read.
+        """
+        good, bad = [], {}
+        for index in indices:
+            try:
+                good.append(self.loader.dataset[index])
+            except Exception as reason:
+                bad[index] = one_line(reason)
+        if not bad:
+            raise error
+        self.unreadable.update(bad)
+        check_unreadable(self.unreadable, len(self))
+        return self.loader.collate_fn(good) if good else None, list(bad)
 
     def move(self, batch: object) -> tuple[Tensor, Tensor]:
         if not (isinstance(batch, list | tuple) and len(batch) == 2):
-            raise BadInput(
-                f"a batch of type {type(batch).__name__}: expected (images, labels) from the dataset"
-            )
+            raise BadInput(f"a batch of type {type(batch).__name__}: expected (images, labels)")
         images, labels = (torch.as_tensor(part).to(self.device, non_blocking=True) for part in batch)
         return as_input(images), labels.long()
 
@@ -3018,185 +2661,64 @@ class DatasetSource:
         try:
             yield from map(self.move, self.loader)
         except OSError as error:
-            text = f"a validation sample ({error}): expected readable ones; mend or remove it"
-            raise BadInput(text) from error
+            raise BadInput(f"a validation sample ({error}): expected readable ones; remove it") from error
+
+
+def check_unreadable(unreadable: dict[int, str], count: int) -> None:
+    """Raises BadInput where more than 1 % of `count` samples are unreadable."""
+    if len(unreadable) > 0.01 * count:
+        index, reason = next(iter(unreadable.items()))
+        found = f"{len(unreadable)} of {count} samples unreadable, such as {index} ({reason})"
+        raise BadInput(f"{found}: expected at most 1 %; mend or remove them")
 
 
 def as_source(data: object, device: torch.device, batch_size: int, name: str) -> Source:
-    """A source for a DataLoader, a map-style dataset, a pair of arrays, or any `Source`.
+    """A source for a DataLoader, a map-style dataset or a pair of arrays; a source is taken as it is.
 
-    Raises BadInput for a loader whose sampler would be lost, and for what is none of these.
+    Raises BadInput for a loader whose sampler would be lost, for what is none of these, and for no samples.
     """
-    if isinstance(data, Source):
-        return data
     if isinstance(data, tuple | list) and len(data) == 2 and all(hasattr(part, "shape") for part in data):
-        return ArraySource(*data, device, batch_size)
-    if not isinstance(data, DataLoader):
-        if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+        data = ArraySource(*data, device, batch_size)
+    elif not hasattr(data, "in_order"):
+        if not isinstance(data, DataLoader):
+            if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+                raise BadInput(f"{name}, {type(data)}: expected a DataLoader, a dataset or two arrays")
+            data = DataLoader(data, batch_size=batch_size)
+        sampler = data.sampler
+        plain = isinstance(sampler, SequentialSampler | RandomSampler) and len(sampler) == len(data.dataset)
+        if not plain or getattr(sampler, "replacement", False) or data.batch_size is None:
             raise BadInput(
-                f"{name} of type {type(data).__name__}: expected a DataLoader, a dataset or two arrays"
+                f"{name} with {type(sampler).__name__} and batch size {data.batch_size}: expected a plain or "
+                "shuffling DataLoader of a map-style dataset, since the gate does the sampling"
             )
-        data = DataLoader(data, batch_size=batch_size)
-    if isinstance(data.dataset, IterableDataset):
-        raise BadInput(
-            f"{name} over an IterableDataset: expected a map-style dataset, so that samples can be skipped"
-        )
-    plain = isinstance(data.sampler, SequentialSampler) or (
-        isinstance(data.sampler, RandomSampler) and not data.sampler.replacement
-    )
-    if data.batch_size is None or not plain or len(data.sampler) != len(data.dataset):
-        raise BadInput(
-            f"{name} with {type(data.sampler).__name__} and batch size {data.batch_size}: expected a plain "
-            "or shuffling DataLoader with a batch size, since the gate does the sampling; leave it out"
-        )
-    return DatasetSource(data, device)
+        data = DatasetSource(data, device)
+    if not len(data):
+        raise BadInput(f"{name} of 0 samples: expected at least one")
+    return data
 
 
-# %% Why a plan [markdown] tags=["shared"]
-# ### An epoch's plan
-#
-# An epoch offers every sample once, in random order, chunk by chunk. The gate decides on a chunk only when
-# its batches are asked for, so it always knows the newest scores, and a dragged slider takes hold at the
-# next chunk, not the next epoch. What it activates is packed into full batches; a remainder waits for the
-# next chunk, and at the end of the epoch is shared between the last two.
-
-
-# %% An epoch's plan tags=["shared"]
-class Plan:
-    """The batches of one epoch, chosen lazily; its state is all that a resumed run needs to go on."""
-
-    def __init__(
-        self,
-        order: Tensor,
-        batch_size: int,
-        chunk: Callable[[], int],
-        select: Callable[[Tensor], tuple[Tensor, Tensor]],
-    ):
-        """`chunk()`: how many candidates to offer next; `select(candidates)` returns (indices, weights)."""
-        self.order, self.batch_size, self.chunk, self.select = order, batch_size, chunk, select
-        self.position = 0  # candidates offered
-        self.indices = torch.empty(0, dtype=torch.int64)  # activated, not yet in a batch
-        self.weights = torch.empty(0)
-        self.on_the_way: deque[tuple[Tensor, Tensor]] = deque()  # asked of the source, not yet received
-        self.views: list[tuple[Tensor, ...]] = []  # activated after the loader, not yet in a batch
-
-    @property
-    def offered_all(self) -> bool:
-        return self.position >= len(self.order)
-
-    def batches(self) -> Iterator[Tensor]:
-        """Indices of one batch after the other; a resumed plan first repeats what was on the way."""
-        for indices, _ in list(self.on_the_way):
-            yield indices
-        while True:
-            while len(self.indices) < 2 * self.batch_size and not self.offered_all:
-                self._offer()
-            if not len(self.indices):
-                return
-            take = self._take(len(self.indices))
-            batch = (self.indices[:take], self.weights[:take])
-            self.indices, self.weights = self.indices[take:], self.weights[take:]
-            self.on_the_way.append(batch)
-            yield batch[0]
-
-    def _offer(self) -> None:
-        candidates = self.order[self.position : self.position + max(1, self.chunk())].long()
-        indices, weights = self.select(candidates)
-        self.position += len(candidates)
-        self.indices, self.weights = torch.cat([self.indices, indices]), torch.cat([self.weights, weights])
-
-    def _take(self, held: int) -> int:
-        # The last two batches share what is left: the gradient of four samples left over is mostly noise,
-        # and would take a step of the whole learning rate. A lone last sample joins the batch before it,
-        # since batch norm cannot train on one.
-        if held >= 2 * self.batch_size:
-            return self.batch_size
-        return held if held <= self.batch_size + 1 else math.ceil(held / 2)
-
-    def received(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights of the samples that arrived, and the indices of those that did not."""
-        asked, weights = self.on_the_way.popleft()
-        if len(asked) == len(indices):
-            return weights, asked[:0]
-        arrived = torch.isin(asked, indices)
-        return weights[arrived], asked[~arrived]
-
-    def pack(self) -> Iterator[tuple[Tensor, ...]]:
-        """Full batches out of `views`; at the end of the epoch, the rest."""
-        done = self.offered_all and not self.on_the_way and not len(self.indices)
-        while (held := sum(len(part[0]) for part in self.views)) >= (1 if done else 2 * self.batch_size):
-            waiting = tuple(torch.cat(parts) for parts in zip(*self.views, strict=True))
-            take = self._take(held)
-            rest = [
-                tuple(part[take:].clone() for part in waiting)
-            ]  # the whole would be held, and saved, with it
-            self.views = rest if held > take else []
-            yield tuple(part[:take] for part in waiting)
-
-    def batches_left(self, rate: float, through: float) -> float:
-        """Estimate of the batches still to come, the one in hand not counted.
-
-        rate: share of the candidates not yet offered that will be trained; through: of those already chosen
-        (1, or `rate` where the gate stands after the loader).
-        """
-        chosen = sum(len(batch[0]) for batch in self.on_the_way) + len(self.indices)
-        packed = sum(len(part[0]) for part in self.views)
-        return (packed + through * chosen + rate * (len(self.order) - self.position)) / self.batch_size
-
-    def state_dict(self) -> dict:
-        names = ("order", "position", "indices", "weights", "views")
-        return {name: getattr(self, name) for name in names} | {"on_the_way": list(self.on_the_way)}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.__dict__.update(state | {"on_the_way": deque(state["on_the_way"])})
-
-
-# %% Why half precision, and a guard [markdown] tags=["shared"]
-# ### Precision and the step
+# %% Devices [markdown] tags=["shared"]
+# ### Devices
 #
 # Half the bits are faster where the hardware computes with them, and slower or pointless elsewhere. The
 # choice is made from what the device reports, never from timing, so that runs repeat.
-#
-# One loss that is not finite would poison every weight through the optimiser. Masking the loss is not
-# enough: the backward pass multiplies zero by infinity. So the step looks at the gradients' norm, and where
-# that is not finite, weights and batch-norm statistics keep their old values. All of it stays on the
-# device; nobody waits.
 
 
-# %% Precision and the step tags=["shared"]
+# %% Devices tags=["shared", "fold"]
+# @title Devices
 def pick_device(name: str) -> torch.device:
     """The device for auto, cpu or cuda. Raises BadInput if there is none, or torch has no code for it."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    if not torch.cuda.is_available():
+    try:
+        device = torch.device("cuda", torch.cuda.current_device()) if name == "auto" else torch.device(name)
+        torch.zeros(1, device=device).add(1).item()
+    except (RuntimeError, AssertionError) as error:  # none, or a P100, for which most builds have no code
         raise BadInput(
-            f"--device {name}: expected a CUDA GPU that torch can use, and there is none; try --device cpu"
-        )
-    device = torch.device("cuda", torch.cuda.current_device()) if name == "auto" else torch.device(name)
-    if device.index is not None and device.index >= torch.cuda.device_count():
-        raise BadInput(
-            f"--device {name}: expected an index below {torch.cuda.device_count()}, the number of GPUs"
-        )
-    capability = torch.cuda.get_device_capability(device)
-    if not has_code_for(capability, torch.cuda.get_arch_list()):
-        raise BadInput(
-            f"{torch.cuda.get_device_name(device)} (sm_{capability[0]}{capability[1]}): expected one of "
-            f"{', '.join(torch.cuda.get_arch_list())}, for which torch {torch.__version__} was built; choose "
-            "a T4, install a torch built for it, or run with --device cpu"
-        )
+            f"--device {name}: expected a GPU that torch {torch.__version__} has code for, such as a T4 "
+            f"({one_line(error)}); try --device cpu"
+        ) from error
     return device
-
-
-def has_code_for(capability: tuple[int, int], architectures: list[str]) -> bool:
-    """Whether a GPU can run code built for `architectures`: sm_XY of its generation, or older compute_XY."""
-    for name in architectures:
-        parts = re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", name)
-        if not parts:  # another maker's names, which we cannot judge
-            return True
-        built = (int(parts[2]), int(parts[3]))
-        if built <= capability and (parts[1] == "compute" or built[0] == capability[0]):
-            return True
-    return False
 
 
 def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
@@ -3206,12 +2728,10 @@ def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 def pick_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     """The autocast type for `--amp` on a device; None for plain float32."""
-    if amp in ("fp16", "bf16"):
-        if amp == "fp16" and device.type == "cpu":
-            raise BadInput("--amp fp16: expected bf16, off or auto on a CPU, whose gradients fp16 would lose")
-        return torch.float16 if amp == "fp16" else torch.bfloat16
-    if amp == "off":
-        return None
+    if amp == "fp16" and device.type == "cpu":
+        raise BadInput("--amp fp16: expected bf16, off or auto on a CPU, where fp16 loses small gradients")
+    if amp != "auto":
+        return {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}[amp]
     if device.type == "cpu":
         return torch.bfloat16 if cpu_has_bf16() else None
     if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -3232,6 +2752,36 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
+class Parts:
+    """Works on a batch in parts that memory has room for; whole ones, until it runs out."""
+
+    def __init__(self, device: torch.device, say: Callable[[str], None]):
+        self.device, self.say = device, say
+        self.limit = math.inf  # samples at a time
+
+    def __call__(self, work: Callable, *batch: Tensor, restart: Callable = lambda: None) -> list[Tensor]:
+        """`work` on each part of the tensors [B, ...]; where memory runs out, `restart` and halves of it.
+
+        Raises BadInput where two samples at a time are too many.
+        """
+        while True:
+            count = len(batch[0])
+            parts = max(1, min(math.ceil(count / self.limit), count // 2))  # batch norm needs two
+            try:
+                return [work(*part) for part in zip(*(t.tensor_split(parts) for t in batch), strict=True)]
+            except RuntimeError as error:
+                reason = one_line(error)
+                if not re.search("out of memory|DefaultCPUAllocator|ALLOC_FAILED", reason):  # GPU, CPU, cuDNN
+                    raise
+            restart()  # outside the except block, which holds on to what failed
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if self.limit <= 2:
+                raise BadInput(f"two samples: expected memory for them ({reason}); choose a smaller model")
+            self.limit = math.ceil(min(self.limit, count) / 2)
+            self.say(f"out of memory: it goes on with at most {self.limit} samples at a time")
+
+
 def guarded_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -3239,28 +2789,27 @@ def guarded_step(
     before: Tensor,
     clip_norm: float = 0.0,
 ) -> Tensor:
-    """Steps, or leaves no trace where the gradients are not finite; returns which, a bool on the device.
+    """Steps, or leaves no trace where gradients or buffers are not finite; returns which, on the device.
 
     before: the floating-point buffers, `joined`, as before the forward pass. clip_norm: gradients of a larger
-    norm are scaled down to it; 0 leaves them. An optimizer that is not fused costs a copy of the weights, and
-    one sync a step on a GPU: for fp16 GradScaler reads its own flag, and Adam counts steps on the CPU.
+    norm are scaled down to it; 0 leaves them. A fused optimizer decides on the device; another waits for it.
     """
     weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     scaler.unscale_(optimizer)
     norm = nn.utils.get_total_norm([p.grad for p in weights])
-    ok = norm.isfinite()
+    after = joined(float_buffers(model))
+    ok = norm.isfinite() & after.isfinite().all().to(norm.device)
     if clip_norm:
         nn.utils.clip_grads_with_norm_(weights, clip_norm, norm)
-    if getattr(optimizer, "_step_supports_amp_scaling", False):  # a fused one skips by itself, on the device
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
         begin_at_zero(optimizer)
         optimizer.grad_scale, optimizer.found_inf = None, (~ok).float()
         optimizer.step()
         del optimizer.grad_scale, optimizer.found_inf
-    else:
-        step_or_undo(optimizer, scaler, weights, ok)
+    elif ok:
+        scaler.step(optimizer)
     scaler.update()
-    if buffers := float_buffers(model):
-        put_back(buffers, torch.where(ok.to(before.device), joined(buffers), before))
+    put_back(float_buffers(model), torch.where(ok.to(before.device), after, before))
     return ok
 
 
@@ -3270,32 +2819,6 @@ def begin_at_zero(optimizer: torch.optim.Optimizer) -> None:
         for weight in group["params"] if group.get("momentum") else ():
             if weight.grad is not None and "momentum_buffer" not in optimizer.state[weight]:
                 optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-
-
-def step_or_undo(
-    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, weights: list[Tensor], ok: Tensor
-) -> None:
-    """Steps, and where `ok` is false puts back every weight and moment, which takes a copy of them."""
-    held = [(p, p.detach().clone()) for p in weights]
-    held += [(value, value.clone()) for p in weights for value in moments(optimizer, p)]
-    known = {id(value) for value, _ in held}
-    scaler.step(optimizer)
-    with torch.no_grad():
-        fresh = [
-            (v, torch.zeros_like(v)) for p in weights for v in moments(optimizer, p) if id(v) not in known
-        ]
-        for value, old in [*held, *fresh]:
-            value.copy_(torch.where(ok.to(value.device), value, old))
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether the GPU, or the CPU's allocator, had too little memory left."""
-    words = ("DefaultCPUAllocator", "ALLOC_FAILED")  # the second from cuBLAS and cuDNN
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
-
-
-def moments(optimizer: torch.optim.Optimizer, weight: Tensor) -> list[Tensor]:
-    return [value for value in optimizer.state.get(weight, {}).values() if isinstance(value, Tensor)]
 
 
 def float_buffers(model: nn.Module) -> list[Tensor]:
@@ -3310,1000 +2833,124 @@ def joined(values: list[Tensor]) -> Tensor:
 @torch.no_grad()
 def put_back(values: list[Tensor], copy: Tensor) -> None:
     """Gives values what `joined` made of them."""
-    parts = copy.split([value.numel() for value in values])
-    torch._foreach_copy_(values, [part.view_as(v) for part, v in zip(parts, values, strict=True)])
+    if values:
+        parts = copy.split([value.numel() for value in values])
+        torch._foreach_copy_(values, [part.view_as(v) for part, v in zip(parts, values, strict=True)])
 
 
-# %% Why a trainer that prints nothing [markdown] tags=["shared"]
-# ### The trainer
-#
-# Data flows one way: plan → source → step → memory → ledger → listeners. The trainer prints nothing: it
-# emits events, and the table, the progress bar and the files are listeners. A person's wishes arrive
-# through `Controls` and take hold at the next chunk.
+def check_losses(losses: Tensor, labels: Tensor) -> None:
+    """Raises BadInput unless there is one loss for each of the labels [B]."""
+    if losses.shape != labels.shape:
+        raise BadInput(f"losses of shape {list(losses.shape)}: expected one a sample; use reduction='none'")
 
 
-# %% The trainer tags=["shared"]
-class Controls:
-    """What may change while it trains. Any thread calls it; the trainer applies a value at the next chunk, a
-    gate at the next epoch, and pauses or stops after the step in hand.
-
-    `stop`, once it names a reason, ends the run cleanly.
-    """
-
-    def __init__(self):
-        self.values = {
-            "target_activation": None,
-            "learning_rate_factor": 1.0,
-            "gate": None,
-        }  # None: the run's
-        self.asked: deque[tuple[str, object, int]] = deque()  # control, value, candidates when asked
-        self.candidates = 0  # offered so far, as the trainer counts them
-        self.deadline = math.inf  # on time.monotonic()'s clock
-        self.paused = False
-        self.stop: str | None = None
-
-    def set(self, control: str, value: float | str) -> None:
-        """Asks for a target_activation (fraction), learning_rate_factor or gate. May raise BadInput."""
-        if control not in self.values:
-            raise BadInput(f"control {control}: expected one of {', '.join(self.values)}")
-        rules = {
-            **RULES,
-            "learning_rate_factor": (real(lambda v: v > 0), "a factor above 0; 1 changes nothing"),
-        }
-        check(control, value, control, rules | {"gate": one_of((*LEARNED, "random"))})
-        self.asked.append((control, value if control == "gate" else float(value), self.candidates))
-
-    def pause(self, paused: bool) -> None:
-        """Pauses after the step in hand, or goes on."""
-        self.paused = paused
-        self.asked.append(("paused", paused, self.candidates))
-
-    def ask_stop(self, reason: str) -> None:
-        """A person's wish to save and stop, logged as such; `reason` goes into the summary."""
-        self.asked.append(("stop", reason, self.candidates))
-        self.stop = reason
-
-    def stopping(self) -> bool:
-        if self.stop is None and time.monotonic() > self.deadline:
-            self.stop = "time limit"
-        return self.stop is not None
-
-
-PATIENCE = 20  # percent of an epoch that may be spent waiting for data before the trainer says so
-
-
-@dataclass
-class Epoch:
-    """What is being counted of the epoch in hand."""
-
-    plan: Plan
-    started: float  # training seconds on the ledger when it began
-    scored: float  # scoring seconds then, which are no waiting for data
-    loss: float = 0.0  # sum over the trained samples
-    trained: int = 0  # samples with a finite loss
-    activated: int = 0  # samples that went through a step
-    candidates: int = 0  # offered
-    decided: int = 0  # of these, how many the gate has decided on
-    chosen: int = 0  # of these, how many it lets through
-    spoiled: int = 0  # steps not taken
-    waited: float = 0.0  # seconds in which the step waited for data
-
-
-class AdaptiveSparseTrainer:
-    """Trains any classifier on the samples that its gate activates.
-
-        trainer = AdaptiveSparseTrainer(model, train_loader, val_loader, ASTConfig(target_activation=0.4))
-        results = trainer.train(epochs=100, warmup_epochs=10)
-
-    model: [B, ...] images to [B, C] logits. train_loader, val_loader: a DataLoader, a map-style dataset of
-    (image, label), or two arrays. config: an ASTConfig or a dict of its fields. optimizer: AdamW if None; its
-    learning rates are the peaks of the schedule, and a parameter group with a key `first_epoch` stays frozen
-    before that epoch, counted from 0. criterion: per-sample losses [B]; cross-entropy if None.
-    gate: a gate object in place of the one that `config.gate` names. listeners: called with (event, data); a
-    table if None.
-
-    Raises BadInput, in one sentence, for anything a person can mend.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        train_loader: object,
-        val_loader: object,
-        config: ASTConfig | dict | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
-        criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
-        *,
-        gate: object | None = None,
-        policy: str | None = None,
-        listeners: Iterable[Callable[[str, dict], None]] | None = None,
-        controls: Controls | None = None,
-        rates: list[float] | None = None,
-        seed: int = 0,
-        save: Callable[[], None] | None = None,
-        save_seconds: float = math.inf,
-    ):
-        """policy: the name in the records. rates: activation rates to repeat, epoch by epoch. save: called
-        every `save_seconds`, and when a run stops, where `state_dict` is all that is needed to go on."""
-        self.config = config = ASTConfig.of(config)
-        self.device = pick_device(config.device)
-        self.dtype = pick_dtype(config.amp, self.device)
-        self.model = model.to(self.device)
-        self.train_source = as_source(train_loader, self.device, config.batch_size or 64, "train_loader")
-        self.val_source = as_source(val_loader, self.device, config.batch_size or 64, "val_loader")
-        if not len(self.train_source) or not len(self.val_source):
-            raise BadInput("0 samples: expected at least one to train on and one to validate on")
-        self.optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=config.lr or 1e-3)
-        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
-        self.criterion = criterion or nn.CrossEntropyLoss(reduction="none")
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
-        self.gate_name = config.gate if gate is None else "given"
-        self.gates = {self.gate_name: gate or self._make_gate(config.gate)}  # all that served so far
-        self.learned = gate is not None or config.gate in LEARNED
-        self.policy = policy or ("ast" if self.learned else config.gate)
-        self.listeners = [print_table()] if listeners is None else list(listeners)
-        self.controls = controls or Controls()
-        self.rates, self.seed = rates, seed
-        self.save, self.save_seconds, self.saved_at = save, save_seconds, time.monotonic()
-        self.taken_up = False  # a loaded state is what the next `train` goes on with
-        self.average = copy.deepcopy(self.model).requires_grad_(False) if config.ema else None
-
-    def _make_gate(self, name: str) -> object:
-        if name == "remembered":
-            labels = getattr(self.train_source, "labels", None) if self.config.balance else None
-            labels = None if labels is None else torch.as_tensor(labels).cpu()
-            return RememberedGate(self.config, len(self.train_source), labels)
-        if name == "proxy":
-            return ProxyGate(self.config, self._make_proxy, self._charge_proxy, self._proxy_precision)
-        return LiveGate(self.config, self.score) if name == "live" else RandomGate()
-
-    def _make_proxy(self, images: Tensor, labels: Tensor, shape: Sequence[int]) -> nn.Module:
-        """A small network for inputs of `shape`, with as many outputs as the model gives for images."""
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            with evaluating(self.model), self.autocast():
-                logits = self.model(images[:2])
-            refuse_outputs(logits, len(labels[:2]), labels)
-            torch.manual_seed(self.seed)
-            return proxy_network(shape, logits.shape[1]).to(self.device)
-
-    def _proxy_precision(self) -> torch.autocast:
-        """bf16 where the run has it; fp16 would want a scaler, and the proxy is small."""
-        bf16 = self.dtype is torch.bfloat16
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
-
-    def _charge_proxy(self, network: nn.Module, mode: str, images: Tensor) -> None:
-        """Charges to scoring what the proxy does with images [B, ...]."""
-        name = f"proxy {mode}"
-        if name not in self.flops:
-            self._count_flops(name, images[:2], network)
-        self.ledger.accounts["scoring"].flops += len(images) * self.flops[name]
-
-    @property
-    def gate(self) -> object:
-        """The gate that selects now."""
-        return self.gates[self.gate_name]
-
-    @property
-    def after_loader(self) -> bool:
-        return getattr(self.gate, "needs_views", False)
-
-    def autocast(self) -> torch.autocast:
-        """The run's mixed precision, as a context."""
-        return torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
-
-    # --- a run ---
-
-    def train(self, epochs: int | None = None, warmup_epochs: int | None = None) -> dict:
-        """Trains to the end, or until `controls` stops it, and returns the results; again trains further.
-
-        Keys: final_accuracy and best_accuracy (percent), activation_rate (fraction), energy_savings (percent,
-        unit model), speedup with speedup_method, train_seconds, total_seconds, flops, joules with
-        joules_method, phases, and epochs, the rows of metrics.jsonl.
-        """
-        if not self.taken_up:
-            self._begin(epochs, warmup_epochs)
-        self.taken_up = False
-        self.emit(
-            "start",
-            policy=self.policy,
-            seed=self.seed,
-            epochs=self.schedule.epochs,
-            n=len(self.train_source),
-            rows=list(self.rows),
-            changes=self.changes,
-            begun=(self.epoch.decided, self.epoch.chosen) if self.epoch else (0, 0),
-        )
-        while len(self.rows) < self.schedule.epochs and not self.controls.stopping():
-            self._train_epoch()
-            if not self.unfinished:
-                self._finish_epoch()
-        self._apply_controls()  # what was asked after the last chunk: a stop, above all
-        if self.save and self.controls.stop and len(self.rows) < self.schedule.epochs:
-            self._save()
-        self.ledger.switch(None)
-        results = self.results()
-        self.emit("end", **results)
-        return results
-
-    def _begin(self, epochs: int | None, warmup_epochs: int | None) -> None:
-        config = self.config
-        if warmup_epochs is not None:
-            config = replace(config, warmup_epochs=warmup_epochs)
-        epochs = epochs if epochs is not None else config.epochs or 10
-        check("epochs", epochs, "epochs")
-        full = config.gate == "full" and self.rates is None and isinstance(self.gate, RandomGate)
-        self.schedule = Schedule.of(config, epochs, phases=config.gate != "rs2")
-        self.schedule.rates = [1.0] * epochs if full else self.rates
-        self.generator = torch.Generator().manual_seed(self.seed)
-        self.train_source.generator.manual_seed(self.seed)
-        self.ledger = Ledger(energy_meter(self.device))
-        self.alive = torch.ones(len(self.train_source), dtype=torch.bool)  # not found unreadable
-        self.times_activated = torch.zeros(len(self.train_source), dtype=torch.int16)  # in gated epochs
-        self.rows: list[dict] = []
-        self.changes: list[tuple[float, float, str]] = []  # by hand: epochs, seconds, what
-        self.epoch: Epoch | None = None
-        self.unfinished = False
-        self.unread: list[tuple[Tensor, Tensor, Tensor]] = []  # indices; scores and sums, still on the device
-        self.progress = 0.0
-        self.frozen: int | None = None  # parameters that wait for their `first_epoch`
-        self.stilled: list[nn.Module] = []  # put into eval mode until then
-        self.at_once: dict[str, int] = {}  # samples a pass, by mode, once memory has run out
-        self.advised = False
-        self.flops: dict[str, float] = {}
-        self.uncounted: list[str] = []
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        if not self.model.training:
-            self.model.train()
-        idle = dict.fromkeys(
-            ("initial_threshold", "adapt_kp", "adapt_ki"), "acts with feedforward=False only"
-        )
-        idle = idle if config.feedforward else {}
-        if config.gate == "proxy":
-            idle |= dict.fromkeys(("significance", "score_scale", "live_rule"), "acts with other gates only")
-        if config.gate in ("live", "proxy"):
-            idle["balance"] = "acts with the gate remembered only"
-        for name, when in idle.items():
-            if getattr(config, name) != getattr(ASTConfig, name):
-                self.emit("notice", text=f"{name} {when}")
-
-    def emit(self, event: str, **data: object) -> None:
-        for listener in self.listeners:
-            listener(event, data)
-
-    # --- an epoch ---
-
-    def _train_epoch(self) -> None:
-        self.ledger.switch(self.schedule.phase(len(self.rows)))
-        self.train_source.moment = self.seed, len(self.rows)
-        self._freeze(len(self.rows))
-        if self.epoch is None:
-            self._apply_controls()
-            self._change_gate()
-            kept = self.alive.nonzero().flatten()
-            order = kept[torch.randperm(len(kept), generator=self.generator)].to(torch.int32)
-            started, scored = self.ledger.seconds(TRAINING_PHASES), self.ledger.seconds(["scoring"])
-            self.epoch = Epoch(self._plan(order), started, scored)
-        self.unfinished = True
-        waiting = time.perf_counter()
-        for batch in self._batches(self.epoch.plan):
-            self.epoch.waited += time.perf_counter() - waiting
-            self._step(*batch)
-            if self.controls.paused:
-                self._pause()
-            if self.controls.stopping():
-                return
-            if self.save and time.monotonic() - self.saved_at >= self.save_seconds:
-                self._save()
-            waiting = time.perf_counter()
-        self.unfinished = False
-
-    def _freeze(self, epoch: int) -> None:
-        """Freezes the groups whose `first_epoch` is still to come, thaws the others; norms follow suit."""
-        waiting = set()
-        for group in self.optimizer.param_groups:
-            for weight in group["params"] if "first_epoch" in group else ():
-                weight.requires_grad_(epoch >= group["first_epoch"])
-                waiting |= set() if weight.requires_grad else {id(weight)}
-        for module in self.stilled:
-            module.training = True
-        weights = [(module, list(module.parameters(recurse=False))) for module in self.model.modules()]
-        still = [m for m, own in weights if own and m.training and all(id(w) in waiting for w in own)]
-        for module in still:
-            module.training = False
-        self.stilled = still
-        if self.frozen is not None and self.frozen != len(waiting):
-            self.flops.pop("training", None)  # a frozen part has no backward pass: count again
-        self.frozen = len(waiting)
-
-    def _plan(self, order: Tensor) -> Plan:
-        return Plan(order, self.train_source.batch_size, self._chunk, self._offer)
-
-    def _pause(self) -> None:
-        """Saves, and waits until somebody resumes or stops it; the ledger does not run meanwhile."""
-        self._flush()
-        self._apply_controls(pausing=True)
-        if self.save:
-            self._save()
-        phase = self.ledger.switch(None)
-        while self.controls.paused and not self.controls.stopping():
-            time.sleep(0.02)
-        self.ledger.switch(phase)
-        self._apply_controls(pausing=True)
-
-    def _change_gate(self) -> None:
-        name = self.controls.values["gate"] or self.gate_name
-        if self.learned and name != self.gate_name:
-            try:
-                if name == "live" and self.config.score_scale < 1:
-                    self.refuse_scale(next(self.val_source.in_order())[0])
-                if name not in self.gates:
-                    self.gates[name] = self._make_gate(name)
-            except BadInput as error:
-                self.controls.values["gate"] = None
-                return self.emit("notice", text=f"gate {name} not taken: {error}")
-            self.gate_name = name
-            if controller := getattr(self.gate, "controller", None):
-                controller.lost = 0  # what others lost meanwhile is not its disturbance
-
-    def _rate(self, epoch: int | None = None) -> float:
-        target = self.controls.values["target_activation"] or self.config.target_activation
-        return self.schedule.rate(len(self.rows) if epoch is None else epoch, target)
-
-    def _chunk(self) -> int:
-        """Candidates per decision: a twentieth of an epoch, or four batches' worth where that is less."""
-        return math.ceil(min(len(self.train_source) / 20, 4 * self.train_source.batch_size / self._rate()))
-
-    def _offer(self, candidates: Tensor) -> tuple[Tensor, Tensor]:
-        began = time.perf_counter()
-        self._flush()
-        self.epoch.waited -= time.perf_counter() - began  # that was for the device, not for data
-        self._apply_controls()
-        rate = self._rate()
-        self.epoch.candidates += len(candidates)
-        self.controls.candidates += len(candidates)
-        self.ledger.accounts[self.schedule.phase(len(self.rows))].candidates += len(candidates)
-        if self.after_loader:
-            return candidates, torch.ones(len(candidates))  # decided on once they are loaded
-        chosen = candidates, torch.ones(len(candidates))
-        if rate < 1:
-            chosen = self.gate.select(candidates, rate, self.generator)
-        self._decided(len(candidates), len(chosen[0]))
-        return chosen
-
-    def _decided(self, offered: int, activated: int) -> None:
-        """Tells of one decision of the gate, and of what has been spent by now."""
-        rate, spent = self._rate(), self.ledger.total()
-        self.epoch.decided += offered
-        self.epoch.chosen += activated
-        self.emit(
-            "chunk",
-            candidates=self.epoch.decided,
-            n=len(self.epoch.plan.order),
-            phase=self.schedule.phase(len(self.rows)),
-            rate=rate,
-            offered=offered,
-            activated=activated,
-            gate=self.gate if rate < 1 else None,
-            progress=self.progress,
-            seconds=spent.seconds,
-            train_seconds=self.ledger.seconds(TRAINING_PHASES),
-            joules=spent.joules,
-            scoring_flops=self.ledger.accounts["scoring"].flops,
-            flops_per_sample=self.flops,
-        )
-
-    def _apply_controls(self, pausing: bool = False) -> None:
-        """Takes up what was asked; a new gate only between epochs, a pause where it begins."""
-        later = []
-        while self.controls.asked:
-            control, value, set_at = self.controls.asked.popleft()
-            due_later = control == "paused" and value and self.controls.paused and not pausing
-            if due_later or (control == "gate" and (self.epoch is not None or not self.learned)):
-                later.append((control, value, set_at))
-                continue
-            own = {"target_activation": self.config.target_activation, "gate": self.gate_name}
-            own |= {"paused": not value, "stop": None}
-            old = self.controls.values.get(control) or own.get(control)
-            if control in self.controls.values:
-                self.controls.values[control] = value
-            change = {"control": control, "old": old, "new": value, "set_at": set_at}
-            self.emit("control", time=time.time(), candidates=self.controls.candidates, **change)
-            at = len(self.rows) + (self.epoch.decided / len(self.epoch.plan.order) if self.epoch else 0)
-            self.changes.append((at, self.ledger.seconds(), change_words(change)))
-        self.controls.asked.extendleft(reversed(later))
-
-    def _batches(self, plan: Plan) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Indices and weights (CPU), views and labels (device) of one step after the other."""
-        yield from plan.pack()
-        for indices, images, labels in self.train_source.stream(plan.batches()):
-            weights, missing = plan.received(indices)
-            if self.after_loader and self._rate() == 1:
-                self._decided(len(indices) + len(missing), len(indices) + len(missing))
-                self._show(indices, images, labels)
-            if len(missing):
-                self.alive[missing] = False
-                self._observe(missing, torch.full((len(missing),), math.nan))
-            if not len(indices):
-                continue
-            if self.after_loader and self._rate() < 1:
-                plan.views.append(self._gate_views(indices, images, labels))
-                yield from plan.pack()
-            else:
-                yield indices, weights, images, labels
-        yield from plan.pack()
-
-    def _show(self, indices: Tensor, images: Tensor, labels: Tensor) -> None:
-        """Lets a gate that learns by looking watch a full phase; after the last sparse epoch it need not."""
-        if hasattr(self.gate, "watch") and self.schedule.phase(len(self.rows)) != "anneal" and len(indices):
-            with self.ledger.charge("scoring"):
-                self.gate.watch(Views(indices, images, labels))
-
-    def _gate_views(self, indices: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        with self.ledger.charge("scoring"):
-            chosen, weights = self.gate.select(Views(indices, images, labels), self._rate(), self.generator)
-        self._decided(len(indices), len(chosen))
-        order = indices.argsort()
-        rows = order[torch.searchsorted(indices[order], chosen)]
-        rows_there = rows.to(self.device, non_blocking=True)
-        return chosen, weights, images[rows_there], labels[rows_there]
-
-    def score(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Significance [m] of views by the model as it is now, at `score_scale` of the resolution.
-
-        images: [m, ...], labels: int64 [m], on the training device. The ledger charges the forward pass.
-        """
-        small = self._shrink(images)
-        if "scoring" not in self.flops:
-            self.refuse_scale(images)
-            self._count_flops("scoring", small[:2])
-        self.ledger.accounts["scoring"].flops += len(images) * self.flops["scoring"]
-
-        def attempt(parts: int) -> Tensor:
-            split = (part.tensor_split(parts) for part in (small, labels, images))
-            return torch.cat(
-                [
-                    significance(self.model(scaled), label, image, self.config.significance)
-                    for scaled, label, image in zip(*split, strict=True)
-                ]
-            )
-
-        with evaluating(self.model), self.autocast():
-            return self._afford("scoring", len(labels), attempt)
-
-    def _shrink(self, images: Tensor) -> Tensor:
-        scale = self.config.score_scale
-        if scale == 1.0:
-            return images
-        if images.ndim != 4:
-            raise BadInput(
-                f"score_scale {scale}: expected 1 for inputs of shape {list(images.shape)}, not images"
-            )
-        side = [max(1, round(scale * length)) for length in images.shape[-2:]]
-        return F.interpolate(images, size=side, mode="bilinear", antialias=True)
-
-    # --- a step ---
-
-    def _step(self, indices: Tensor, weights: Tensor, images: Tensor, labels: Tensor) -> None:
-        weights = weights.to(self.device, non_blocking=True)
-        shape = learning_rate_shape(self.progress) * self.controls.values["learning_rate_factor"]
-        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * shape
-        before = joined(float_buffers(self.model))
-
-        def attempt(parts: int) -> tuple[Tensor, Tensor]:
-            self.optimizer.zero_grad(set_to_none=True)
-            split = (part.tensor_split(parts) for part in (images, labels, weights))
-            pairs = [self._backward(*part, len(labels)) for part in zip(*split, strict=True)]
-            losses, scores = zip(*pairs, strict=True)
-            return torch.cat(losses), torch.cat(scores)
-
-        def undo() -> None:
-            self.optimizer.zero_grad(set_to_none=True)
-            if buffers := float_buffers(self.model):
-                put_back(buffers, before)
-
-        losses, score = self._afford("training", len(labels), attempt, undo)
-        ok = guarded_step(self.model, self.optimizer, self.scaler, before, self.config.clip_norm)
-        if self.average is not None:
-            self._update_average()
-        finite = losses.isfinite()
-        sums = torch.stack([torch.where(finite, losses, 0).sum(), finite.sum(), ok])
-        self.unread.append((indices, torch.where(finite, score, math.nan), sums))
-        self._count(len(indices))
-
-    def _backward(self, images: Tensor, labels: Tensor, weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Adds to the gradients this part's share of the mean over `count` samples; losses and scores [B]."""
-        with self.autocast():
-            logits = self.model(images)
-        if "training" not in self.flops:
-            self._first_batch(images, logits, labels)
-        losses = self.criterion(logits.float(), labels)
-        if losses.shape != labels.shape:
-            raise BadInput(
-                f"a criterion that returned shape {list(losses.shape)} for {len(labels)} samples: expected "
-                "one loss a sample; use reduction='none'"
-            )
-        finite = losses.detach().isfinite()
-        self.scaler.scale((torch.where(finite, losses, 0) * weights).sum() / count).backward()
-        return losses.detach(), significance(logits, labels, images, self.config.significance)
-
-    def _afford(
-        self, mode: str, count: int, attempt: Callable[[int], Any], undo: Callable[[], None] = lambda: None
-    ) -> Any:
-        """`attempt(parts)` on `count` samples; where memory runs out, redone in twice the parts."""
-        limit = self.at_once.get(mode, count)
-        while True:
-            try:
-                answer = attempt(min(math.ceil(count / limit), max(1, count // 2)))  # batch norm needs two
-                break
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                reason = one_line(error)
-            undo()  # outside the except block, where the error would hold on to what it failed with
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            if limit <= 2:
-                raise BadInput(
-                    f"two samples at a time: expected them to fit into memory ({reason}); choose smaller "
-                    "images or a smaller model"
-                )
-            limit = math.ceil(min(limit, count) / 2)
-        if limit < self.at_once.get(mode, count):
-            self.at_once[mode] = limit
-            text = f"out of memory: {mode} goes on with at most {limit} samples at a time"
-            if mode == "training":
-                text += ", whose gradients add up to the same batch (batch norm sees a part of it)"
-            self.emit("notice", text=text)
-        return answer
-
-    def _update_average(self) -> None:
-        update = torch.optim.swa_utils.get_ema_multi_avg_fn(self.config.ema)
-        update(list(self.average.parameters()), list(self.model.parameters()), None)
-        for value, new in zip(self.average.buffers(), self.model.buffers(), strict=True):
-            value.copy_(new)
-
-    @property
-    def judged(self) -> nn.Module:
-        """The model that is evaluated and kept: the averaged one, where there is one."""
-        return self.model if self.average is None else self.average
-
-    def _first_batch(self, images: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """What can only be known once there is data: shapes, and FLOPs a sample."""
-        refuse_outputs(logits, len(labels), labels)
-        self._count_flops("evaluation", images[:2])
-        if self.gate_name == "live" and "scoring" not in self.flops:
-            self.refuse_scale(images)
-            self._count_flops("scoring", self._shrink(images[:2]))
-        self._count_flops("training", images[:2])  # last: where memory runs out before, all is counted anew
-
-    def _count_flops(self, mode: str, images: Tensor, network: nn.Module | None = None) -> None:
-        phase = self.ledger.switch(None)
-        try:
-            self.flops[mode], uncounted = flops_per_sample(
-                network or self.model, images, mode.endswith("training"), self.autocast
-            )
-            self.uncounted = sorted({*self.uncounted, *uncounted})
-        finally:
-            self.ledger.switch(phase)
-
-    def refuse_scale(self, images: Tensor) -> None:
-        """Raises BadInput where the model cannot take images [B, ...] at `score_scale` of their size."""
-        small = self._shrink(images[:2])
-        try:
-            with evaluating(self.model), self.autocast():
-                self.model(small)
-        except RuntimeError as error:
-            raise BadInput(
-                f"score_scale {self.config.score_scale}: expected a model that takes images of "
-                f"{small.shape[-2]} x {small.shape[-1]} pixels; use 1 ({str(error).splitlines()[0]})"
-            ) from error
-
-    def _count(self, samples: int) -> None:
-        epoch = self.epoch
-        epoch.activated += samples
-        account = self.ledger.accounts[self.schedule.phase(len(self.rows))]
-        account.activated += samples
-        account.flops += samples * self.flops["training"]
-        rate = self._rate()
-        left = epoch.plan.batches_left(rate, rate if self.after_loader else 1.0)
-        n, size = len(epoch.plan.order), epoch.plan.batch_size
-        later = sum(
-            math.ceil(n * self._rate(e) / size) for e in range(len(self.rows) + 1, self.schedule.epochs)
-        )
-        self.progress += (1 - self.progress) / (1 + math.ceil(left - 1e-6) + later)
-
-    def _flush(self) -> None:
-        """Reads losses and scores from the device, once a chunk, and lets the gate remember them."""
-        if not self.unread:
-            return
-        indices = torch.cat([indices for indices, _, _ in self.unread])
-        flat = torch.cat([score for _, score, _ in self.unread] + [sums for _, _, sums in self.unread]).cpu()
-        self._observe(indices, flat[: len(indices)])
-        if self._rate() < 1:
-            self.times_activated[indices] += 1
-        sums = flat[len(indices) :].reshape(-1, 3)
-        for loss in sums[:, 0].tolist():  # one by one, so that the sum does not depend on when it is read
-            self.epoch.loss += loss
-        self.epoch.trained += int(sums[:, 1].sum())
-        self.epoch.spoiled += int((sums[:, 2] == 0).sum())
-        self.unread = []
-
-    def _observe(self, indices: Tensor, scores: Tensor) -> None:
-        for gate in self.gates.values():  # those at rest too, so that they come back with fresh memories
-            gate.observe(indices, scores)
-
-    # --- after an epoch ---
-
-    def evaluate(self) -> float:
-        """Accuracy on the validation set, percent."""
-        model, right, count = self.judged, torch.zeros((), device=self.device), 0
-        with self.ledger.charge("evaluation") as account, evaluating(model):
-            for images, labels in self.val_source.in_order():
-
-                def attempt(parts: int, images: Tensor = images) -> Tensor:
-                    with self.autocast():
-                        return torch.cat([model(part).argmax(1) for part in images.tensor_split(parts)])
-
-                right += (self._afford("evaluation", len(labels), attempt) == labels).sum()
-                count += len(labels)
-            account.flops += count * self.flops.get("evaluation", 0.0)
-            return 100 * float(right) / count
-
-    def _finish_epoch(self) -> None:
-        self._flush()
-        epoch, number = self.epoch, len(self.rows)
-        if epoch.activated and not epoch.trained:
-            raise BadInput(
-                f"train loss nan in epoch {number + 1}: expected at least one finite loss; lower the "
-                f"learning rate (now {self.peaks[0]:g} at its peak) or look for broken inputs"
-            )
-        if epoch.spoiled:
-            self.emit(
-                "notice",
-                text=f"epoch {number + 1}: {epoch.spoiled} steps not taken, their gradients not being finite",
-            )
-        seconds = self.ledger.seconds(TRAINING_PHASES) - epoch.started
-        scoring = self.ledger.seconds(["scoring"]) - epoch.scored
-        waited = epoch.waited - scoring
-        accuracy = self.evaluate()
-        spent = self.ledger.total()
-        controller = getattr(self.gate, "controller", None)
-        gated = self._rate() < 1
-        row = {
-            "policy": self.policy,
-            "seed": self.seed,
-            "epoch": number + 1,
-            "phase": self.schedule.phase(number),
-            "train_loss": epoch.loss / max(1, epoch.trained),
-            "val_accuracy": accuracy,
-            "target_activation": self._rate(),
-            "activation_rate": epoch.activated / epoch.candidates,
-            "mean_activation": spent.activated / spent.candidates,
-            "threshold": getattr(self.gate, "threshold", None) if gated else None,
-            "controller": controller.state(self._rate()) if controller and gated else None,
-            "significance_quantiles": quantiles(self.gate),
-            "candidates": epoch.candidates,
-            "activated": epoch.activated,
-            "seconds": seconds,
-            "scoring_seconds": scoring,
-            "elapsed_seconds": spent.seconds,
-            "data_wait_percent": 100 * waited / seconds,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-        }
-        self.rows.append(row)
-        self.epoch = None
-        if row["data_wait_percent"] > PATIENCE and not self.advised:
-            self.advised = True
-            waited = f"{row['data_wait_percent']:.0f} % of epoch {number + 1}"
-            self.emit("notice", text=f"training waited for data in {waited}; {self.train_source.remedy}")
-        if len(self.rows) == self.schedule.epochs:
-            self.progress = 1.0
-        left = spent.seconds * (1 - self.progress) / max(self.progress, 1e-9)
-        self.emit("epoch", **row, epochs=self.schedule.epochs, unit_saved=unit_saved(spent), eta_seconds=left)
-
-    def results(self) -> dict:
-        """The run so far; see `train`."""
-        total = self.ledger.total()
-        accuracies = [row["val_accuracy"] for row in self.rows]
-        accounts = {
-            phase: asdict(a) | {"unit_energy": a.unit_energy} for phase, a in self.ledger.accounts.items()
-        }
-        return {
-            "policy": self.policy,
-            "seed": self.seed,
-            "complete": len(self.rows) == self.schedule.epochs,
-            "final_accuracy": accuracies[-1] if accuracies else None,
-            "best_accuracy": max(accuracies, default=None),
-            "activation_rate": total.activated / max(1, total.candidates),
-            "candidates": total.candidates,
-            "activated": total.activated,
-            "energy_savings": unit_saved(total),
-            "speedup": UNIT_ACTIVATED * total.candidates / max(total.unit_energy, 1e-9),
-            "speedup_method": "unit model",
-            "train_seconds": self.ledger.seconds(TRAINING_PHASES),
-            "total_seconds": total.seconds,
-            "flops": total.flops,
-            "flops_per_sample": dict(self.flops),
-            "flops_uncounted": self.uncounted,
-            "unit_energy": total.unit_energy,
-            "joules": total.joules if self.ledger.meter.method != "unavailable" else None,
-            "joules_method": self.ledger.meter.method
-            + (f" ({self.ledger.meter.reason})" if self.ledger.meter.reason else ""),
-            "peak_memory_mib": peak_memory_mib(self.device),
-            "samples_at_once": self.at_once.get("training", self.train_source.batch_size),
-            "phases": accounts,
-            "epochs": self.rows,
-            "changes": self.changes,
-        }
-
-    # --- state ---
-
-    def _save(self) -> None:
-        self._flush()
-        with self.ledger.charge("checkpoint"):
-            self.save()
-        self.saved_at = time.monotonic()
-
-    def state_dict(self) -> dict:
-        """Everything that a bit-exact continuation needs."""
-        self._flush()
-        phase = self.ledger.switch(None)
-        self.ledger.switch(phase)  # brings the accounts up to now
-        epoch = {k: v for k, v in vars(self.epoch).items() if k != "plan"} if self.epoch else None
-        return {
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict() if self.average is not None else None,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "gates": {name: gate.state_dict() for name, gate in self.gates.items()},
-            "gate_name": self.gate_name,
-            "schedule": asdict(self.schedule),
-            "generators": [
-                self.generator.get_state(),
-                self.train_source.generator.get_state(),
-                *rng_states(self.device),
-            ],
-            "ledger": self.ledger.state_dict(),
-            "controls": dict(self.controls.values),
-            "asked": [list(wish) for wish in self.controls.asked if wish[0] == "gate"],
-            "controls_candidates": self.controls.candidates,
-            "alive": self.alive,
-            "times_activated": self.times_activated,
-            "unreadable": dict(self.train_source.unreadable),
-            "rows": list(self.rows),
-            "changes": list(self.changes),
-            "epoch": epoch,
-            "plan": self.epoch.plan.state_dict() if self.epoch else None,
-            "progress": self.progress,
-            "flops": dict(self.flops),
-            "uncounted": list(self.uncounted),
-            "at_once": dict(self.at_once),
-            "frozen": self.frozen,
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        """Takes up a `state_dict`; the next `train` goes on from there."""
-        self._begin(state["schedule"]["epochs"], None)
-        for name in ("model", "optimizer", "scaler", "ledger"):
-            getattr(self, name).load_state_dict(state[name])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        for name, gate in state["gates"].items():
-            if name not in self.gates:
-                self.gates[name] = self._make_gate(name)
-            self.gates[name].load_state_dict(gate)
-        self.gate_name = state["gate_name"]
-        self.schedule, self.taken_up = Schedule(**state["schedule"]), True
-        self.generator.set_state(state["generators"][0])
-        self.train_source.generator.set_state(state["generators"][1])
-        set_rng_states(self.device, state["generators"][2:])
-        self.controls.values = dict(state["controls"])
-        self.controls.asked.extendleft(tuple(wish) for wish in reversed(state["asked"]))
-        self.controls.candidates = state["controls_candidates"]
-        self.alive, self.rows, self.progress = state["alive"], list(state["rows"]), state["progress"]
-        self.times_activated = state["times_activated"].clone()
-        self.changes = [tuple(change) for change in state["changes"]]
-        self.train_source.unreadable = dict(state["unreadable"])
-        self.flops, self.uncounted = dict(state["flops"]), list(state["uncounted"])
-        self.at_once, self.frozen = dict(state["at_once"]), state["frozen"]
-        if state["epoch"] is not None:
-            plan = self._plan(state["plan"]["order"])
-            plan.load_state_dict(state["plan"])
-            plan.views = [
-                (indices, weights, images.to(self.device), labels.to(self.device))
-                for indices, weights, images, labels in plan.views
-            ]
-            self.epoch = Epoch(plan, **state["epoch"])
-
-
-def refuse_outputs(logits: object, count: int, labels: Tensor) -> None:
-    """Raises BadInput unless `logits` are [count, classes], and labels [B] lie below the classes."""
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != count:
-        what = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise BadInput(
-            f"a model that returned {what} for {count} samples: expected logits [{count}, classes]"
-        )
+def check_outputs(logits: object, labels: Tensor) -> None:
+    """Raises BadInput unless `logits` are [samples, classes], and labels [B] lie below the classes."""
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != min(2, len(labels)):
+        what = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise BadInput(f"a model that returns {what}: expected logits [samples, classes]")
     low, high, classes = int(labels.min()), int(labels.max()), logits.shape[1]
     if low < 0 or high >= classes:
-        raise BadInput(
-            f"labels from {low} to {high}: expected 0 to {classes - 1}, since the model has {classes} "
-            "outputs; widen the model or mend the labels"
-        )
+        raise BadInput(f"labels from {low} to {high}: expected 0 to {classes - 1}, the outputs of the model")
 
 
-def change_words(data: dict) -> str:
-    """A change by hand, in a few words: target 0.1."""
-    names = {"target_activation": "target", "learning_rate_factor": "lr ×"}
-    if data["control"] == "paused":
-        return "paused" if data["new"] else "resumed"
-    new = data["new"] if isinstance(data["new"], str) else f"{data['new']:.3g}"
-    return new if data["control"] == "stop" else f"{names.get(data['control'], data['control'])} {new}"
+# %% FLOPs and joules tags=["shared", "fold"]
+# @title FLOPs and joules
+class FlopCount(FlopCounterMode):
+    """PyTorch's FLOP counter, which also lists the operators that it has no formula for."""
+
+    def __init__(self):
+        super().__init__(display=False)
+        self.uncounted: set[str] = set()
+
+    def _count_flops(self, func_packet, out, args, kwargs):
+        if func_packet not in self.flop_registry:
+            self.uncounted.add(str(func_packet).removeprefix("aten."))
+        return super()._count_flops(func_packet, out, args, kwargs)
 
 
-def scores_of(gate: object) -> Tensor:
-    """The finite significances [k] that a gate ranks by; none if its `scores` are something else."""
-    scores = getattr(gate, "scores", None)
-    known = isinstance(scores, Tensor) and scores.ndim == 1
-    return scores[scores.isfinite()] if known else torch.empty(0)
+def flops_per_sample(model: nn.Module, images: Tensor, training: bool, autocast: Callable) -> tuple:
+    """FLOPs of one sample (forward, and backward if `training`), the operators left uncounted, and logits.
 
-
-def quantiles(gate: object) -> list[float] | None:
-    """The 0, 5, … 100 % quantiles of the significances that a gate ranks by; None if it knows none."""
-    scores = scores_of(gate)
-    return [round(float(q), 5) for q in scores.quantile(torch.linspace(0, 1, 21))] if len(scores) else None
-
-
-def unit_saved(account: Account) -> float:
-    """Unit energy saved against activating every candidate, percent: a model, not a measurement."""
-    return (
-        100 * (1 - account.unit_energy / (UNIT_ACTIVATED * account.candidates)) if account.candidates else 0.0
-    )
-
-
-def rng_states(device: torch.device) -> list[Tensor]:
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
-
-
-def set_rng_states(device: torch.device, states: list[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
-
-
-def peak_memory_mib(device: torch.device) -> float | None:
-    """Peak memory: of torch on a GPU, of the whole process on a CPU (None where the system does not tell)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource  # Unix only
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-# %% Why checkpoints are written so [markdown] tags=["shared"]
-# ### Checkpoints
-#
-# A checkpoint is written beside its final name, flushed to disk, and only then renamed, so a crash at any
-# moment leaves a whole one. It begins with the SHA-256 of the rest: a damaged file is noticed, and the one
-# before it serves. Loading uses `weights_only=True`, which runs no code from the file.
-
-
-# %% Checkpoints tags=["shared"]
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file so that it is there whole or not at all. Raises BadInput where the disk refuses."""
-    draft = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(draft, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            draft.unlink()
-        raise cannot_write(path, error) from error
-
-
-def cannot_write(path: Path, error: OSError) -> BadInput:
-    return BadInput(
-        f"{path}: expected a folder with room to write in ({error.strerror}); free some, or choose "
-        "another --out"
-    )
-
-
-def save_checkpoint(folder: Path, state: dict) -> Path:
-    """Writes `state` as the newest checkpoint in `folder` and keeps the one before it."""
-    there = sorted(folder.glob("*.ckpt"))
-    number = int(there[-1].stem) + 1 if there else 0
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    payload = buffer.getvalue()
-    path = folder / f"{number:06d}.ckpt"
-    write_whole(path, hashlib.sha256(payload).digest() + payload)
-    for old in there[:-1]:
-        old.unlink()
-    return path
-
-
-def load_checkpoint(folder: Path, say: Callable[[str], None]) -> dict | None:
-    """The newest whole checkpoint in `folder`, or None. Says so where a damaged one is passed over."""
-    damaged = []
-    for path in sorted(folder.glob("*.ckpt"), reverse=True):
-        content = path.read_bytes()
-        if hashlib.sha256(content[32:]).digest() == content[:32]:
-            for other in damaged:  # else one would count among the two that are kept
-                other.unlink()
-            return torch.load(io.BytesIO(content[32:]), weights_only=True, map_location="cpu")
-        say(f"warning: {path} is damaged; trying the checkpoint before it")
-        damaged.append(path)
-    return None
-
-
-# %% Why records [markdown] tags=["shared"]
-# ### Records
-#
-# `metrics.jsonl` has a line an epoch, `events.jsonl` a line for every change made by hand. A resumed run
-# cuts both back to where its checkpoint stood.
-
-# %% Records tags=["shared"]
-METRICS = (
-    "policy seed epoch phase train_loss val_accuracy target_activation activation_rate mean_activation "
-    "threshold controller candidates activated seconds elapsed_seconds data_wait_percent learning_rate "
-    "significance_quantiles"
-).split()
-CHANGES = ("time", "candidates", "control", "old", "new", "set_at", "applied_at")
-
-
-class Records:
-    """A listener that writes metrics.jsonl and events.jsonl into a folder."""
-
-    def __init__(self, folder: Path):
-        self.paths = {"epoch": folder / "metrics.jsonl", "control": folder / "events.jsonl"}
-
-    def __call__(self, event: str, data: dict) -> None:
-        if event == "epoch":
-            self._append(event, {name: data[name] for name in METRICS})
-        elif event == "control":
-            row = {**data, "applied_at": data["candidates"]}
-            self._append(event, {name: row[name] for name in CHANGES})
-
-    def _append(self, event: str, row: dict) -> None:
+    images: a float batch [B, ...] of the resolution in question. Neither the model nor any RNG is touched.
+    """
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    devices = [images.device] if images.is_cuda else []
+    exact = nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH)  # the CPU's fused attention has no formula
+    with torch.random.fork_rng(devices=devices), exact, FlopCount() as counter:
+        torch.backends.mha.set_fastpath_enabled(False)  # the fast path is one operator without a formula
         try:
-            with open(self.paths[event], "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise cannot_write(self.paths[event], error) from error
+            twin = copy.deepcopy(model)
+            if not training:
+                twin.eval()
+            with torch.set_grad_enabled(training), autocast():
+                logits = twin(images)
+            if training:
+                logits.float().sum().backward()
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+    return counter.get_total_flops() / len(images), sorted(counter.uncounted), logits
 
-    def changes(self) -> int:
-        """How many settings were changed while it trained."""
-        rows = self.paths["control"].read_text(encoding="utf-8").splitlines()
-        return sum(json.loads(row)["control"] not in ("paused", "stop") for row in rows)
 
-    def sizes(self) -> dict[str, int]:
-        return {event: path.stat().st_size if path.exists() else 0 for event, path in self.paths.items()}
+class EnergyMeter:
+    """Joules since it was made, where a sensor measures them.
 
-    def cut(self, sizes: dict[str, int]) -> None:
-        """Shortens both files to `sizes` bytes, and makes them if they are not there."""
+    `method` is nvml-counter, nvml-polled or unavailable; `reason` says why, for the last. A sensor that fails
+    later becomes unavailable too, rather than stand still.
+    """
+
+    def __init__(self, device: torch.device):
+        self.method, self.reason, self.total = "unavailable", f"no sensor for a {device.type}", 0.0
+        if device.type == "cuda":
+            self.method, self.reason = "nvml-counter", ""
+            self._guarded(self._open, device.index or 0)
+
+    def joules(self) -> float | None:
+        """Joules so far; None where there is no sensor."""
+        if self.method == "nvml-counter":
+            self._guarded(self._count)
+        return None if self.method == "unavailable" else self.total
+
+    def _guarded(self, work: Callable, *arguments: object) -> None:
         try:
-            for event, path in self.paths.items():
-                with open(path, "ab") as file:
-                    file.truncate(sizes.get(event, 0))
-        except OSError as error:
-            raise cannot_write(path, error) from error
+            work(*arguments)
+        except Exception as error:  # drivers fail in many ways, and none may stop the training
+            self.method, self.reason = "unavailable", f"{type(error).__name__}: {one_line(error)}"
+
+    def _open(self, index: int) -> None:
+        import pynvml  # optional
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        try:
+            start = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)  # mJ
+        except pynvml.NVMLError:  # no counter before Volta, such as on P100
+            self.method = "nvml-polled"
+            work = self._poll, lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1000
+            threading.Thread(target=self._guarded, args=work, daemon=True, name="power").start()
+        else:
+            self._joules = lambda: (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - start) / 1000
+
+    def _count(self) -> None:
+        self.total = self._joules()
+
+    def _poll(self, watts: Callable[[], float], seconds: float = 0.05) -> None:
+        now, power = time.monotonic(), watts()
+        while True:
+            time.sleep(seconds)
+            before, now, last, power = now, time.monotonic(), power, watts()
+            self.total += (now - before) * 0.5 * (last + power)
 
 
-# %% The table and the bar tags=["shared"]
-HEADER = (
-    f"{'policy':<7} {'epoch':>7} {'phase':<7} {'val acc':>8} {'loss':>6} {'rate':>6} {'target':>6} "
-    f"{'theta':>6} "
-    f"{'unit-model saved':>16} {'seconds':>8} {'waited':>6} {'elapsed':>8} {'ETA':>8}"
-)
+@functools.cache
+def energy_meter(device: torch.device) -> EnergyMeter:
+    """The process's one meter for a device."""
+    return EnergyMeter(device)
+
+
+# %% The table tags=["shared", "fold"]
+# @title The table
+HEADER = "policy    epoch phase  accuracy   loss  rate target      θ seconds     ETA"
 
 
 def clock(seconds: float) -> str:
@@ -4318,12 +2965,9 @@ def epoch_line(row: dict) -> str:
     """One row of the table."""
     theta = "-" if row["threshold"] is None else f"{row['threshold']:.3f}"
     return (
-        f"{row['policy']:<7} {row['epoch']:>3}/{row['epochs']:<3} {row['phase']:<7} "
-        f"{row['val_accuracy']:>6.2f} % {row['train_loss']:>6.3f} "
-        f"{row['activation_rate']:>6.3f} {row['target_activation']:>6.3f} {theta:>6} "
-        f"{row['unit_saved']:>14.1f} % {row['seconds']:>8.1f} "
-        f"{row['data_wait_percent']:>4.0f} % {clock(row['elapsed_seconds']):>8} "
-        f"{clock(row['eta_seconds']):>8}"
+        f"{row['policy']:<7} {row['epoch']:>3}/{row['epochs']:<3} {row['phase']:<6} "
+        f"{row['val_accuracy']:>6.2f} % {row['train_loss']:>6.3f} {row['activation_rate']:>5.3f} "
+        f"{row['target_activation']:>6.3f} {theta:>6} {row['seconds']:>7.1f} {clock(row['eta_seconds']):>7}"
     )
 
 
@@ -4351,259 +2995,66 @@ def print_table(bar: bool = True, say: Callable[[str], None] = tqdm.write) -> Ca
     return listen
 
 
-# %% Why one colour a policy [markdown] tags=["shared"]
-# ### Pictures
-#
-# One colour a policy everywhere: AST orange, full grey, random blue (distinguishable with any colour vision).
-
-# %% Pictures tags=["shared"]
-COLOURS = {"ast": "#d55e00", "full": "#666666", "random": "#0072b2", "rs2": "#009e73", "short": "#cc79a7"}
-STYLE = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "lines.linewidth": 1.8,
-    "figure.constrained_layout.use": True,
-}
-
-
-PLATE = {"color": "white", "alpha": 0.75, "pad": 0.5, "linewidth": 0}  # behind words that lines may cross
-
-
-def curves(results: list[dict], title: str, path: Path) -> None:
-    """Draws accuracy, activation, threshold and cost of finished or stopped runs into a PNG."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(12, 7))
-        FigureCanvasAgg(figure)
-        axes = figure.subplots(2, 3)
-        figure.suptitle(title, ha="left", x=0.01, fontsize=12)
-        shown = [r for r in results if r["epochs"] and r["seed"] == results[0]["seed"]]
-        draw_accuracy(axes[0, 0], shown, "epoch", "epoch")
-        draw_accuracy(axes[0, 1], shown, "elapsed_seconds", "seconds, training + evaluation + checkpoints")
-        draw_rate(axes[0, 2], shown)
-        draw_threshold(axes[1, 0], shown)
-        draw_saved_by_phase(axes[1, 1], shown)
-        draw_cost(axes[1, 2], shown)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, dpi=100, format="png")
-    write_whole(path, buffer.getvalue())
-
-
-def draw_accuracy(axes: object, results: list[dict], x: str, label: str) -> None:
-    for result in results:
-        rows, colour = result["epochs"], COLOURS.get(result["policy"], "black")
-        axes.plot([r[x] for r in rows], [r["val_accuracy"] for r in rows], color=colour, marker=".")
-    axes.set(title="Validation accuracy", xlabel=label, ylabel="accuracy (%)")
-    label_ends(axes, results)
-    mark_changes(axes, results, x)
-
-
-def label_ends(axes: object, results: list[dict], at: float = 1.01) -> None:
-    """Names each line at the right edge, at the height of its end, pushed apart so that no two overlap.
-
-    at: where, a fraction of the width.
-    """
-    low, high = axes.get_ylim()
-    step, last = 0.075 * (high - low), -math.inf
-    for result in sorted(results, key=lambda r: r["epochs"][-1]["val_accuracy"]):
-        last = max(result["epochs"][-1]["val_accuracy"], last + step)
-        colour = COLOURS.get(result["policy"], "black")
-        axes.text(at, last, result["policy"], transform=axes.get_yaxis_transform(), va="center", color=colour)
-
-
-def draw_rate(axes: object, results: list[dict]) -> None:
-    rows = results[0]["epochs"] if results else []
-    epochs = [r["epoch"] for r in rows]
-    axes.step(
-        epochs,
-        [r["target_activation"] for r in rows],
-        where="mid",
-        color="black",
-        linestyle=":",
-        label="target",
-    )
-    colour = COLOURS.get(rows[0]["policy"] if rows else "", "black")
-    axes.plot(epochs, [r["activation_rate"] for r in rows], "o", markersize=4, color=colour, label="realised")
-    axes.set(title="Activation rate", xlabel="epoch", ylabel="activated / candidates", ylim=(0, 1.08))
-    axes.legend(frameon=False, loc="lower left")
-    mark_changes(axes, results, "epoch", named=True)
-
-
-def mark_changes(axes: object, results: list[dict], x: str, named: bool = False) -> None:
-    """A line for each change by hand during the first result, over an axis of epochs or of seconds."""
-    last, (left, right) = -math.inf, axes.get_xlim()
-    for epochs, seconds, words in results[0]["changes"] if results else []:
-        at = epochs + 0.5 if x == "epoch" else seconds  # an epoch's own mark stands in its middle
-        axes.axvline(at, color="black", linewidth=0.8, alpha=0.5)
-        if named and at - last > 0.05 * (right - left):
-            last = at
-            where = {"transform": axes.get_xaxis_transform(), "rotation": 90, "fontsize": 7.5, "ha": "right"}
-            axes.text(at, 0.3, words + " ", va="bottom", bbox=PLATE, **where)
-    if x == "epoch":
-        axes.xaxis.get_major_locator().set_params(integer=True)
-
-
-def draw_threshold(axes: object, results: list[dict]) -> None:
-    rows = [r for r in results[0]["epochs"] if r["threshold"] is not None] if results else []
-    axes.set(title="Threshold", xlabel="epoch", ylabel="θ (rank of the significance)")
-    if not rows:
-        axes.text(0.5, 0.5, "this gate has no threshold", ha="center", transform=axes.transAxes)
-        return
-    axes.plot(
-        [r["epoch"] for r in rows], [r["threshold"] for r in rows], "o-", markersize=4, color=COLOURS["ast"]
-    )
-    axes.set_xlim(0.5, results[0]["epochs"][-1]["epoch"] + 0.5)
-    mark_changes(axes, results, "epoch")
-
-
-def draw_saved_by_phase(axes: object, results: list[dict]) -> None:
-    axes.set(title="Energy saved by phase (unit model)", ylabel="saved against every candidate (%)")
-    phases = (
-        [(name, Account(**only_account(results[0]["phases"][name]))) for name in TRAINING_PHASES]
-        if results
-        else []
-    )
-    phases = [(name, account) for name, account in phases if account.candidates]
-    bars = axes.bar(
-        [name for name, _ in phases], [unit_saved(a) for _, a in phases], color=COLOURS["ast"], width=0.6
-    )
-    axes.bar_label(bars, fmt="%.0f %%", padding=2)
-    axes.margins(y=0.15)
-    axes.grid(axis="x", visible=False)
-
-
-def only_account(phase: dict) -> dict:
-    return {name: value for name, value in phase.items() if name != "unit_energy"}
-
-
-def draw_cost(axes: object, results: list[dict]) -> None:
-    """Seconds by kind, one bar a policy: what a user waits for."""
-    kinds = {"training": ("warmup", "ramp", "sparse", "anneal"), "scoring": ("scoring",)}
-    kinds |= {"evaluation": ("evaluation",), "checkpoints": ("checkpoint",)}
-    shades = {"training": 1.0, "scoring": 0.65, "evaluation": 0.4, "checkpoints": 0.2}
-    names = [r["policy"] for r in results]
-    left = [0.0] * len(names)
-    for kind, phases in kinds.items():
-        width = [sum(r["phases"][p]["seconds"] for p in phases) for r in results]
-        if sum(width) < 0.01 * sum(r["total_seconds"] for r in results):
-            continue
-        colours = [COLOURS.get(name, "#000000") for name in names]
-        bars = axes.barh(names, width, left=left, color=colours, alpha=shades[kind], height=0.55)
-        words = [kind if w > 0.2 * max(r["total_seconds"] for r in results) else "" for w in width]
-        axes.bar_label(bars, words, label_type="center", color="white")
-        left = [a + b for a, b in zip(left, width, strict=True)]
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.set(title="Measured time (pale: evaluation)", xlabel="seconds")
-
-
-# %% Why one dataclass feeds all [markdown] tags=["shared"]
+# %% Flags [markdown] tags=["shared"]
 # ### Settings from flags and variables
 #
-# One dataclass feeds the command line, the environment and the notebook. Each field's comment in the
-# settings cell is its help text.
+# One dataclass feeds the command line, the environment and the notebook. A refusal is one sentence: the
+# value, what was expected, what it means.
 
 
-# %% Settings from flags and variables tags=["shared"]
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def convert(name: str, kind: object, text: str, label: str) -> object:
-    """The value of a field from what a person typed. Raises BadInput."""
-    kinds = getattr(kind, "__args__", (kind,))
-    if type(None) in kinds and text.lower() in ("", "auto", "none"):
-        return None
-    try:
-        if bool in kinds:
-            return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[
-                text.lower()
-            ]
-        return next(k for k in kinds if k is not type(None))(text)
-    except (ValueError, KeyError):
-        expected = RULES[name][1] if name in RULES else "1 or 0" if bool in kinds else "a number"
-        raise BadInput(f"{label} {text}: expected {expected}") from None
-
-
+# %% Flags tags=["shared", "fold"]
+# @title Flags
 class Flags(argparse.ArgumentParser):
     """A command line whose complaints are one sentence."""
 
     def error(self, message: str) -> None:
-        raise BadInput(message.replace("argument ", "", 1) + "; --help lists the flags")
+        raise BadInput(message.removeprefix("argument ") + "; --help lists the flags")
 
 
-def field_comments() -> dict[str, str]:
-    """The comment behind each field of `Settings`; none in a notebook, which has no source file."""
-    source = Path(__file__).read_text(encoding="utf-8") if "__file__" in globals() else ""
-    source = source.partition("class Settings:")[2].partition("\n\n\n")[0]
-    return dict(re.findall(r"^    (\w+): [^#\n]+  # (.+)$", source, re.MULTILINE))
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
-def flag_parser(settings: object) -> argparse.ArgumentParser:
-    """A parser with a flag for every field, its help taken from the comment behind the field."""
-    comments = field_comments()
-    parser = Flags(
-        prog=f"{PROGRAM}.py", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    for item in fields(settings):
-        text = comments.get(item.name, "").replace("%", "%%")
-        options = {"help": text, "default": argparse.SUPPRESS, "dest": item.name}
-        shown = getattr(settings, item.name)
-        options["help"] += f" (default: {'auto' if shown is None else shown})"
-        if item.type is bool:
-            parser.add_argument(flag(item.name), action=argparse.BooleanOptionalAction, **options)
-        else:
-            parser.add_argument(flag(item.name), metavar=item.name.upper()[:12], **options)
-    return parser
+def convert(item: Field, text: str, label: str) -> object:
+    """The value of a field from what a person typed. Raises BadInput."""
+    kind, value = item.type.removesuffix(" | None"), text
+    if kind != item.type and text.lower() in ("", "auto", "none"):
+        return None
+    if kind == "bool":
+        value = {"1": True, "true": True, "0": False, "false": False}.get(text.lower(), text)
+    elif kind != "str":
+        with contextlib.suppress(ValueError):  # no number: refused below
+            value = int(text) if kind == "int" else float(text)
+    check(item, value, label)
+    return value
 
 
-def resolve(
-    settings: object, arguments: list[str], environment: dict[str, str]
-) -> tuple[object, dict[str, str]]:
-    """Settings after flags and AST_* variables, and how each was given ("flag", "AST_X", "settings cell").
+def parse(settings: ASTConfig, arguments: list[str], environment: dict[str, str]) -> ASTConfig:
+    """The settings after their profile, AST_* variables and flags, of which a later one beats an earlier one.
 
     Raises BadInput for unknown flags and variables, and for values that cannot be.
     """
-    kinds = {item.name: item.type for item in fields(settings)}
-    fresh = type(settings)()
-    given = {name: "settings cell" for name in kinds if getattr(settings, name) != getattr(fresh, name)}
-    values = asdict(settings)
+    items, values = {item.name: item for item in fields(settings)}, {}
+    parser = Flags(prog=f"{PROGRAM}.py", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for name, item in items.items():
+        shown = getattr(settings, name)
+        text = f"{item.metadata['help']} (default: {'auto' if shown is None else shown})".replace("%", "%%")
+        how = {"action": argparse.BooleanOptionalAction} if item.type == "bool" else {"metavar": name.upper()}
+        parser.add_argument(flag(name), help=text, **how)
     for variable, text in environment.items():
         if variable.startswith("AST_"):
             name = variable.removeprefix("AST_").lower()
-            if name not in kinds or variable != variable.upper():
-                known = ["AST_" + n.upper() for n in kinds]
-                close = difflib.get_close_matches(variable.upper(), known, 1) or ["AST_DATA"]
-                raise BadInput(
-                    f"{variable}={text}: expected a variable that names a setting, such as {close[0]}; "
-                    "unset it"
-                )
-            values[name] = convert(name, kinds[name], text, f"{variable}=")
-            given[name] = variable
-    parsed, unknown = flag_parser(settings).parse_known_args(arguments)
-    if unknown:
-        close = difflib.get_close_matches(unknown[0], [flag(name) for name in kinds], 1)
-        raise BadInput(
-            f"{unknown[0]}: expected a flag of this program"
-            + (f", such as {close[0]}" if close else "; --help lists them")
-        )
-    for name, value in vars(parsed).items():
-        if not isinstance(value, str | bool):
-            raise BadInput(f"{flag(name)} {value}: expected one value; --help lists the flags")
-        values[name] = value if isinstance(value, bool) else convert(name, kinds[name], value, flag(name))
-        given[name] = flag(name)
-    for name, value in PROFILES.get(values.get("profile"), {}).items():
-        if name not in given:
-            values[name], given[name] = value, f"--profile {values['profile']}"
-    rules = RULES | {name: one_of(names) for name, names in CHOICES.items()}
-    for name, value in values.items():
-        label = given.get(name, "settings cell")
-        check(name, value, f"{name} =" if label == "settings cell" else label, rules)
-    return type(settings)(**values), given
+            if name not in items:
+                raise BadInput(f"{variable}={text}: expected AST_ and the name of a setting; unset it")
+            values[name] = convert(items[name], text, f"{variable}=")
+    for name, text in vars(parser.parse_args(arguments)).items():
+        values[name] = text if isinstance(text, bool) else convert(items[name], text, flag(name))
+    profile = PROFILES.get(values.get("profile", getattr(settings, "profile", "")), {})
+    profile = {name: v for name, v in profile.items() if getattr(settings, name) == items[name].default}
+    settings = replace(settings, **(profile | values))
+    for name, item in items.items():
+        check(item, getattr(settings, name), f"{name} =")
+    return settings
 
 
 def platform_name() -> str:
@@ -4613,171 +3064,137 @@ def platform_name() -> str:
     return "colab" if "COLAB_RELEASE_TAG" in os.environ else "local"
 
 
-def let_device_decide(settings: object) -> tuple[object, dict[str, str]]:
-    """Fills what was left open, from the device and the platform; returns also why, for each."""
-    device = pick_device(settings.device)
+PLACES = {
+    "kaggle": ("/kaggle/working", "/kaggle/temp"),
+    "colab": ("/content", "/content"),
+    "local": ("runs", "."),
+}
+
+
+def fill_defaults(settings: ASTConfig) -> ASTConfig:
+    """Fills what was left open, from the device and the platform."""
+    device, (out, data) = pick_device(settings.device), PLACES[platform_name()]
     dtype = pick_dtype(settings.amp, device)
-    where = platform_name()
-    roots = {
-        "kaggle": ("/kaggle/working", "/kaggle/temp"),
-        "colab": ("/content", "/content"),
-        "local": ("runs", "."),
-    }
     amp = {None: "off", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
-    by_device = {"device": str(device), "amp": amp} | default_recipe(device, dtype)
-    by_platform = {"out": f"{roots[where][0]}/{PROGRAM}", "data_dir": f"{roots[where][1]}/data"}
-    reasons = dict.fromkeys(by_device, f"decided by the {device.type} device")
-    reasons |= dict.fromkeys(by_platform, f"decided by the {where} platform")
-    found = {n: v for n, v in (by_device | by_platform).items() if getattr(settings, n) in (None, "auto")}
-    return replace(settings, **found), {name: reasons[name] for name in found}
+    found = {"device": str(device), "amp": amp, "out": f"{out}/{PROGRAM}", "data_dir": f"{data}/data"}
+    found |= default_recipe(device, dtype)
+    return replace(settings, **{n: v for n, v in found.items() if getattr(settings, n) in (None, "auto")})
 
 
-# %% Why everything runs side by side [markdown] tags=["shared"]
-# ### The whole run
+# %% The run [markdown] tags=["shared"]
+# ### The run
 #
 # For each seed: the gate under test first, then every policy it is compared with, in the same process, from
 # the same initial weights. `random` repeats, epoch by epoch, the activated counts that AST realised; `short`
 # is plain training of as many epochs as AST paid for, its learning rate scheduled to match.
 # "Saved" is against the full run beside it, or else labelled as the unit model's word.
 
-# %% The whole run tags=["shared"]
-FREE_ON_RESUME = {"out", "resume", "time_limit", "checkpoint_seconds", "workers"}
+# %% The run tags=["shared", "fold"]
+# @title The run
+VERSION = 2  # of the form of a checkpoint
+NO_PHASES = {"warmup_epochs": 0, "ramp_epochs": 0, "anneal_epochs": 0}
+FREE_ON_RESUME = {"out", "resume", "time_limit", "workers"}
 OUTPUTS = (
     "config.json metrics.jsonl events.jsonl summary.json curves.png model.pt samples.npz skipped_images.txt "
     "checkpoints"
 ).split()
+METRICS = (
+    "policy seed epoch phase train_loss val_accuracy target_activation activation_rate mean_activation "
+    "threshold controller candidates activated seconds elapsed_seconds data_wait_percent learning_rate "
+    "significance_quantiles"
+).split()
+CHANGES = ("time", "candidates", "control", "old", "new", "set_at", "applied_at")
 
 
-def make_room(out: Path) -> None:
+def rotate_folder(out: Path) -> None:
     """Renames a folder that holds a run to <out>-1, -2, …, and makes a new one. Raises BadInput."""
     try:
         if any((out / name).exists() for name in OUTPUTS):
-            number = next(i for i in range(1, 10**6) if not out.with_name(f"{out.name}-{i}").exists())
-            out.rename(out.with_name(f"{out.name}-{number}"))
+            names = (out.with_name(f"{out.name}-{number}") for number in itertools.count(1))
+            out.rename(next(path for path in names if not path.exists()))
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        raise BadInput(
-            f"--out {out}: expected a folder that can be made and written ({error}); choose another"
-        ) from error
+        raise BadInput(f"--out {out}: expected a folder that can be written ({error})") from error
 
 
-def take_up(settings: object, given: dict[str, str]) -> object:
-    """The settings of the run that `--resume` goes on with. Raises BadInput where a given setting differs."""
-    config = Path(settings.out) / "config.json"
-    if not config.exists():
-        return settings
-    try:
-        stored = json.loads(config.read_text(encoding="utf-8"))["settings"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{config}: expected the settings of a run; start afresh without --resume") from error
-    for name, how in given.items():
-        value = getattr(settings, name)
-        left_open = value is None or (name in ("device", "amp") and value == "auto")
-        free = name in FREE_ON_RESUME or how.startswith("--profile ")  # the run's own profile counts
-        if not free and not left_open and value != stored.get(name, value):
-            raise BadInput(
-                f"{how} {value}: expected {stored[name]}, as in the run that "
-                f"{settings.out} holds; leave it out, or start afresh without --resume"
-            )
-    return replace(
-        settings, **{n: v for n, v in stored.items() if n not in FREE_ON_RESUME and hasattr(settings, n)}
-    )
-
-
+@dataclass
 class Run:
     """All policies and seeds of one call, with everything that is written about them."""
 
-    def __init__(
-        self, settings: object, say: Callable[[str], None], listeners: Iterable[Callable], controls: Controls
-    ):
-        self.settings, self.say, self.controls = settings, say, controls
-        self.out = Path(settings.out)
-        self.records = Records(self.out)
-        self.listeners = [self.records, *listeners]
-        self.finished: list[dict] = []
-        self.trainer: AdaptiveSparseTrainer | None = None
-        self.skipped: dict[str, None] = {}  # unreadable files and why, in the order they were met
-        self.references: dict[str, dict] = {}
-        learned = settings.gate in LEARNED
-        others = [] if settings.compare in ("", "none") else settings.compare.split(",")
-        self.policies = list(dict.fromkeys(["ast" if learned else settings.gate, *others]))
-        self.seeds = list(dict.fromkeys(int(seed) for seed in settings.seeds.split(",")))
+    settings: ASTConfig
+    data: ImageData
+    say: Callable[[str], None]
+    listeners: list[Callable]
+    controls: Controls
+    finished: list[dict] = field(default_factory=list)  # results
+    trainer: AdaptiveSparseTrainer | None = None  # in hand
+    warned: bool = False
 
-    def execute(self, ready: "Ready | None" = None) -> dict:
+    def __post_init__(self):
+        settings, data = self.settings, self.data
+        self.out, self.config = Path(settings.out), ASTConfig.of(settings)
+        self.skipped = dict.fromkeys(data.unreadable)  # files and why, in the order they were met
+        first = "ast" if settings.gate in SCORED else settings.gate
+        others = settings.compare.replace("none", "").split(",")
+        self.policies = list(dict.fromkeys(filter(None, [first, *others])))
+        self.seeds = list(dict.fromkeys(int(seed) for seed in settings.seeds.split(",")))
+        fixed = {name: value for name, value in asdict(settings).items() if name not in FREE_ON_RESUME}
+        digest = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+        self.identity = [VERSION, digest, data.name, len(data.train_labels)]  # of its checkpoints
+        self.listeners = [self.record, *self.listeners]
+
+    def execute(self) -> dict:
         """Trains what is not finished yet and returns the summary."""
+        self.say(describe(self.data))
         stored = load_checkpoint(self.out / "checkpoints", self.say) if self.settings.resume else None
-        fresh = ready is None or ready.settings != self.settings
-        self.data = load_data(self.settings, self.say) if fresh else ready.data
-        what = [self.data.name, len(self.data.train_labels)]
-        if stored and stored["data"] != what:
-            raise BadInput(
-                f"--data: expected {stored['data']} as in {self.out}, found {what}; give the same data"
-            )
-        if self.settings.resume and stored is None:
-            self.say(f"no checkpoint to resume in {self.out}: starting afresh")
-        if stored is None:
-            self._refuse_early()
-            make_room(self.out)
+        if stored:
+            self.take_up(stored)
+        else:
+            if self.settings.resume:
+                self.say(f"no checkpoint to resume in {self.out}: starting afresh")
+            self.make_trainer(self.policies[0], self.seeds[0])  # refuses what cannot be before anything moves
+            rotate_folder(self.out)
             config = {"program": PROGRAM, "settings": asdict(self.settings)}
             write_whole(self.out / "config.json", json.dumps(config, indent=2).encode())
-        self.records.cut(stored["records"] if stored else {})
-        self.finished = stored["finished"] if stored else []
-        self.references = stored["references"] if stored else {}
-        self.skipped = dict.fromkeys([*self.data.unreadable, *(stored["skipped"] if stored else [])])
-        self.say(describe(self.data))
+        done = [(run["policy"], run["seed"]) for run in self.finished]
+        work = {name: len(self.data.train_labels) * sum(self.planned(name)) for name in self.policies}
         for listener in self.listeners:
-            listener("plan", self._work())
-        done = {(r["policy"], r["seed"]) for r in self.finished}
-        for seed in self.seeds:
-            for policy in self.policies:
-                if (policy, seed) not in done and not self.controls.stopping():
-                    self._train(policy, seed, stored)
-                    stored = None
-        if len(self.finished) == len(self.policies) * len(self.seeds):
-            self._refer()
+            listener("plan", {"work": work, "seeds": self.seeds, "done": done})
+        for seed, policy in itertools.product(self.seeds, self.policies):
+            if (policy, seed) not in done and not self.controls.stopping():
+                self.train(policy, seed, stored)
+                stored = None
         return self.close()
 
-    def _refer(self) -> None:
-        """Measures the references; all else is on the disk before, since they may take a while."""
-        for name, reference in REFERENCES.items():
-            self.close()
-            if name not in self.references and not self.controls.stopping():
-                found = reference(self.settings, self.data, self.say, self.controls.stopping)
-                if not self.controls.stopping():
-                    self.references[name] = found
-                    self.save()
+    def take_up(self, stored: dict) -> None:
+        """What a checkpoint says of the runs before it. Raises BadInput where it is of another run."""
+        if stored.get("identity") != self.identity:
+            what = f"{self.data.name}, {len(self.data.train_labels)} images"
+            raise BadInput(f"{self.out}: expected a checkpoint of this program, these settings and {what}")
+        self.finished = stored["finished"]
+        self.skipped |= dict.fromkeys(stored["skipped"])
+        events, running = self.out / "events.jsonl", stored["trainer"] or {"changes": []}
+        later = len(events.read_bytes().splitlines()) if events.exists() else 0
+        later -= sum(len(run["changes"]) for run in (*self.finished, running))
+        if later > 0:
+            self.say(f"{later} changes by hand in the epoch that was cut are dropped: it is trained again")
 
-    def _work(self) -> dict:
-        """How many samples each policy is expected to train on, a seed."""
-        config, epochs = ASTConfig.from_settings(self.settings), self.settings.epochs
-        schedules = {p: Schedule.of(config, epochs, phases=p != "rs2") for p in self.policies}
-        rates = {
-            p: sum(1.0 if p == "full" else schedule.rate(e, config.target_activation) for e in range(epochs))
-            for p, schedule in schedules.items()
-        }
-        n = len(self.data.train_labels)
-        done = [(result["policy"], result["seed"]) for result in self.finished]
-        return {"work": {p: n * rate for p, rate in rates.items()}, "seeds": self.seeds, "done": done}
+    def planned(self, policy: str) -> list[float]:
+        """The activation rates that a policy aims at, epoch by epoch."""
+        target = 1.0 if policy == "full" else self.config.target_activation
+        schedule = Schedule.of(self.config, self.settings.epochs)
+        return [schedule.rate(epoch, target) for epoch in range(schedule.epochs)]
 
-    def _refuse_early(self) -> None:
-        """Raises BadInput for what would otherwise come out only once an earlier run has been moved away."""
-        Schedule.of(ASTConfig.from_settings(self.settings), self.settings.epochs)
-        trainer = self._trainer(self.policies[0], self.seeds[0])
-        if trainer.gate_name == "live":
-            _, images, _ = next(trainer.train_source.stream([torch.arange(2)]))
-            if len(images):
-                trainer.refuse_scale(images)
-
-    def _trainer(self, policy: str, seed: int) -> AdaptiveSparseTrainer:
+    def make_trainer(self, policy: str, seed: int) -> AdaptiveSparseTrainer:
+        """A trainer for a policy, as it stands before its first epoch."""
         torch.manual_seed(seed)
-        model = build_model(self.settings, len(self.data.classes))
+        model = build_model(self.settings, self.data)
         optimizer, criterion = recipe(self.settings, model)
-        config = ASTConfig.from_settings(self.settings)
-        if policy == "short":
-            phases = dict.fromkeys(("warmup_epochs", "ramp_epochs", "anneal_epochs"), 0)
-            config = replace(config, gate="full", epochs=self._epochs_paid_for(seed), **phases)
-        elif policy != "ast":
-            config = replace(config, gate=policy)
+        ast = [run["epochs"] for run in self.finished if (run["policy"], run["seed"]) == ("ast", seed)]
+        rates = [row["activated"] / row["candidates"] for row in ast[0]] if ast else self.planned("ast")
+        config, short = self.config, {"gate": "full", "epochs": max(1, round(sum(rates)))}
+        if policy != "ast":
+            config = replace(config, **({"gate": policy} if policy != "short" else short | NO_PHASES))
         return AdaptiveSparseTrainer(
             model,
             *sources(self.settings, self.data, torch.device(config.device)),
@@ -4787,75 +3204,92 @@ class Run:
             policy=policy,
             listeners=self.listeners,
             controls=self.controls,
-            rates=self._rates_of_ast(seed) if policy == "random" else None,
+            rates=rates if policy == "random" != self.policies[0] else None,
             seed=seed,
+            clip_norm=CLIP_NORM,
             save=self.save,
-            save_seconds=self.settings.checkpoint_seconds,
         )
 
-    def _train(self, policy: str, seed: int, stored: dict | None) -> None:
-        self.trainer = self._trainer(policy, seed)
-        if stored and stored["trainer"] is not None:
-            self.trainer.load_state_dict(stored["trainer"])
-        try:
-            result = self.trainer.train()
-        finally:
-            self._list_skipped()
-        if policy == self.policies[0] and seed == self.seeds[0]:
-            buffer = io.BytesIO()
-            torch.save(
-                {name: value.cpu() for name, value in self.trainer.judged.state_dict().items()}, buffer
-            )
-            write_whole(self.out / "model.pt", buffer.getvalue())
-            buffer = io.BytesIO()
-            np.savez_compressed(buffer, times_activated=self.trainer.times_activated.numpy())
-            write_whole(self.out / "samples.npz", buffer.getvalue())
+    def train(self, policy: str, seed: int, stored: dict | None) -> None:
+        """Trains one policy with one seed, from where a checkpoint left it, and keeps what came of it."""
+        trainer = self.trainer = self.make_trainer(policy, seed)
+        if stored and stored["trainer"]:
+            restore(trainer, stored["trainer"])
+        result = trainer.train()
+        if (policy, seed) == (self.policies[0], self.seeds[0]):
+            weights = {name: value.cpu() for name, value in trainer.model.state_dict().items()}
+            write_by(self.out / "model.pt", functools.partial(torch.save, weights))
+            times = {"times_activated": trainer.times_activated.numpy()}
+            write_by(self.out / "samples.npz", lambda file: np.savez_compressed(file, **times))
         if result["complete"]:
             self.finished.append(result)
             self.trainer = None
             self.save()
-            write_whole(self.out / "summary.json", json.dumps(self.summary(), indent=2).encode())
-
-    def _rates_of_ast(self, seed: int) -> list[float] | None:
-        rows = [r["epochs"] for r in self.finished if r["policy"] == "ast" and r["seed"] == seed]
-        return [row["activated"] / row["candidates"] for row in rows[0]] if rows else None
-
-    def _epochs_paid_for(self, seed: int) -> int:
-        """How many full epochs train on as many samples as AST did, or as it is expected to."""
-        config, epochs = ASTConfig.from_settings(self.settings), self.settings.epochs
-        planned = Schedule.of(config, epochs)
-        rates = self._rates_of_ast(seed) or [planned.rate(e, config.target_activation) for e in range(epochs)]
-        return max(1, round(sum(rates)))
-
-    def _list_skipped(self) -> None:
-        """Writes skipped_images.txt, a line a file that could not be read, if there is any."""
-        for source in (self.trainer.train_source, self.trainer.val_source) if self.trainer else ():
-            self.skipped |= dict.fromkeys(source.unreadable.values())
-        if self.skipped:
-            lines = "\n".join(self.skipped) + "\n"  # names of files may be no text
-            write_whole(self.out / "skipped_images.txt", lines.encode(errors="backslashreplace"))
+        elif trainer.tally:
+            self.charge_cut_epoch()
 
     def save(self) -> None:
         """Writes a checkpoint of the finished runs and of the one in hand."""
-        self._list_skipped()
-        trainer = self.trainer.state_dict() if self.trainer else None
-        data = [self.data.name, len(self.data.train_labels)]
-        state = {"data": data, "records": self.records.sizes(), "finished": self.finished, "trainer": trainer}
-        state |= {"references": self.references, "skipped": list(self.skipped)}
+        state = {"identity": self.identity, "finished": self.finished, "skipped": list(self.skipped)}
+        state["trainer"] = state_of(self.trainer) if self.trainer else None
         save_checkpoint(self.out / "checkpoints", state)
+
+    def charge_cut_epoch(self) -> None:
+        """Adds to the checkpoint, as `repeated`, what was spent since: that epoch will be trained again."""
+        stored = load_checkpoint(self.out / "checkpoints", self.say)
+        then, now = Ledger(self.trainer.ledger.meter), self.trainer.ledger.total()
+        then.load_state_dict(stored["trainer"]["ledger"])
+        before, repeated = then.total(), then.costs["repeated"]
+        repeated.seconds += now.seconds - before.seconds
+        if now.joules is not None:
+            repeated.joules = (repeated.joules or 0) + now.joules - (before.joules or 0)
+        stored["trainer"]["ledger"] = then.state_dict()
+        save_checkpoint(self.out / "checkpoints", stored)
 
     def results(self) -> list[dict]:
         """Finished runs, and the one in hand if it got anywhere."""
-        running = [self.trainer.results()] if self.trainer and self.trainer.rows else []
-        return self.finished + running
+        return self.finished + ([results_of(self.trainer)] if self.trainer and self.trainer.rows else [])
+
+    def record(self, event: str, data: dict) -> None:
+        """A listener: the files that grow while it trains are written whole; a short time limit is told."""
+        if event in ("plan", "epoch", "control"):
+            rows = [row for run in self.results() for row in run["epochs"]]
+            changes = [change for run in self.finished for change in run["changes"]]
+            changes += self.trainer.changes if self.trainer else []
+            changes = [change | {"applied_at": change["candidates"]} for change in changes]
+            for name, keys, lines in (("metrics", METRICS, rows), ("events", CHANGES, changes)):
+                text = "".join(json.dumps({key: line[key] for key in keys}) + "\n" for line in lines)
+                write_whole(self.out / f"{name}.jsonl", text.encode())
+        if event in ("epoch", "end"):
+            for source in (self.trainer.train_source, self.trainer.val_source):
+                self.skipped |= dict.fromkeys(source.unreadable.values())
+        if self.skipped and event in ("plan", "epoch", "end"):  # names of files may be no text
+            lines = "\n".join(self.skipped) + "\n"
+            write_whole(self.out / "skipped_images.txt", lines.encode(errors="backslashreplace"))
+        if event == "chunk" and self.settings.time_limit and not self.trainer.rows:
+            self.foresee(data)
+
+    def foresee(self, chunk: dict) -> None:
+        """Says at once where the time limit ends before the first epoch of a policy can."""
+        tally, limit = self.trainer.tally, self.settings.time_limit
+        share = tally.trained / (tally.n * chunk["rate"])
+        expected = (chunk["train_seconds"] - tally.began) / max(share, 1e-9)
+        if share > 0.05 and expected > 60 * limit and not self.warned:
+            self.warned = True
+            self.say(
+                f"--time-limit {limit:g}: an epoch takes about {clock(expected)}, and only whole ones are "
+                "kept; allow more minutes, or train on less with --train-size"
+            )
 
     def summary(self) -> dict:
         """The content of summary.json."""
         results = self.results()
-        policies = {p: mean_result([r for r in results if r["policy"] == p]) for p in self.policies}
-        policies = {p: value for p, value in policies.items() if value}
+        policies = {name: mean_result([r for r in results if r["policy"] == name]) for name in self.policies}
+        policies = {name: value for name, value in policies.items() if value}
+        runs = [run["policy"] for run in self.finished]
+        whole = {name: value for name, value in policies.items() if runs.count(name) == len(self.seeds)}
         complete = len(self.finished) == len(self.policies) * len(self.seeds)
-        complete &= len(self.references) == len(REFERENCES)
+        changes = [c for run in results for c in run["changes"] if c["control"] not in ("paused", "stop")]
         return {
             "program": PROGRAM,
             "dataset": self.data.name,
@@ -4870,15 +3304,12 @@ class Run:
             "seeds": self.seeds,
             "complete": complete,
             "stopped_by": None if complete else self.controls.stop,
-            "changes_by_hand": self.records.changes(),
+            "changes_by_hand": len(changes),
             "skipped_images": len(self.skipped),
             "policies": policies,
-            "references": self.references,
-            "measured": measured({p: v for p, v in policies.items() if self._whole(p)}, self.policies[0]),
+            "references": self.data.references,
+            "measured": measured(whole, self.policies[0]),
         }
-
-    def _whole(self, policy: str) -> bool:
-        return sum(r["policy"] == policy for r in self.finished) == len(self.seeds)
 
     def close(self) -> dict:
         """Writes summary.json and curves.png, and returns the summary."""
@@ -4887,17 +3318,25 @@ class Run:
         if results:
             mark = " (synthetic images)" if self.data.synthetic else ""
             title = f"{self.settings.model} on {self.data.name}{mark}, {summary['n_train']} samples, "
-            title += summary["device"]
-            curves(
-                results, title + ("" if summary["complete"] else ": stopped early"), self.out / "curves.png"
-            )
+            title += summary["device"] + ("" if summary["complete"] else ": stopped early")
+            curves(results, title, self.out / "curves.png")
         return summary
 
 
+# %% The report tags=["shared", "fold"]
+# @title The report
 MEANS = (
     "final_accuracy best_accuracy activation_rate candidates activated train_seconds total_seconds flops "
-    "unit_energy"
+    "unit_energy joules joules_method flops_per_sample flops_uncounted phases"
 ).split()
+
+
+def mean_of(values: list) -> object:
+    """The mean of numbers, or of the numbers in dicts, key by key; of all else the first."""
+    if isinstance(values[0], dict):
+        return {key: mean_of([value[key] for value in values]) for key in values[0]}
+    numbers = all(isinstance(value, int | float) for value in values)
+    return float(np.mean(values)) if numbers else None if None in values else values[0]
 
 
 def mean_result(results: list[dict]) -> dict | None:
@@ -4905,48 +3344,31 @@ def mean_result(results: list[dict]) -> dict | None:
     results = [r for r in results if r["complete"]] or results
     if not results:
         return None
-    entry = {name: float(np.mean([r[name] for r in results])) for name in MEANS}
-    joules = [r["joules"] for r in results]
-    peaks = [r["peak_memory_mib"] for r in results if r["peak_memory_mib"] is not None]
-    phases = {}
-    for phase in PHASES:
-        accounts = [r["phases"][phase] for r in results]
-        phases[phase] = {k: float(np.mean([a[k] for a in accounts])) for k in accounts[0] if k != "joules"}
-        known = [a["joules"] for a in accounts if a["joules"] is not None]
-        phases[phase]["joules"] = float(np.mean(known)) if known else None
-    return entry | {
+    return mean_of([{name: r[name] for name in MEANS} for r in results]) | {
         "accuracy_per_seed": {str(r["seed"]): r["final_accuracy"] for r in results},
-        "energy_savings_percent": float(np.mean([r["energy_savings"] for r in results])),
-        "joules": None if None in joules else float(np.mean(joules)),
-        "joules_method": results[0]["joules_method"],
-        "peak_memory_mib": max(peaks, default=None),
-        "flops_per_sample": results[0]["flops_per_sample"],
-        "flops_uncounted": results[0]["flops_uncounted"],
-        "phases": phases,
+        "energy_savings_percent": mean_of([r["energy_savings"] for r in results]),
+        "peak_memory_mib": max([r["peak_memory_mib"] or 0.0 for r in results]) or None,
     }
+
+
+MEASURED = {  # of the first policy and the one beside it: which, what of it, how they are compared
+    "speedup_vs_full": ("full", "train_seconds", lambda a, b: b / a),
+    "total_speedup_vs_full": ("full", "total_seconds", lambda a, b: b / a),
+    "flops_saved_percent_vs_full": ("full", "flops", lambda a, b: 100 * (1 - a / b)),
+    "joules_saved_percent_vs_full": ("full", "joules", lambda a, b: 100 * (1 - a / b)),
+    "accuracy_minus_full": ("full", "final_accuracy", lambda a, b: a - b),
+    "accuracy_minus_random": ("random", "final_accuracy", lambda a, b: a - b),
+    "accuracy_minus_short": ("short", "final_accuracy", lambda a, b: a - b),
+}
 
 
 def measured(policies: dict[str, dict], main: str) -> dict[str, float | None]:
     """What the first policy saved and lost against those run beside it; None where none was."""
-    ast, full, random, short = (policies.get(name) for name in (main, "full", "random", "short"))
-
-    def against(other: dict | None, name: str, compare: Callable[[float, float], float]) -> float | None:
-        if ast is None or other is None or other is ast or ast[name] is None or other[name] is None:
-            return None
-        return compare(ast[name], other[name])
-
-    def saved(a: float, b: float) -> float:
-        return 100 * (1 - a / b)
-
-    return {
-        "speedup_vs_full": against(full, "train_seconds", lambda a, b: b / a),
-        "total_speedup_vs_full": against(full, "total_seconds", lambda a, b: b / a),
-        "flops_saved_percent_vs_full": against(full, "flops", saved),
-        "joules_saved_percent_vs_full": against(full, "joules", saved),
-        "accuracy_minus_full": against(full, "final_accuracy", lambda a, b: a - b),
-        "accuracy_minus_random": against(random, "final_accuracy", lambda a, b: a - b),
-        "accuracy_minus_short": against(short, "final_accuracy", lambda a, b: a - b),
-    }
+    found = {}
+    for name, (rival, key, compare) in MEASURED.items():
+        a, b = (policies.get(policy, {}).get(key) for policy in (main, rival))
+        found[name] = None if rival == main or a is None or b is None else compare(a, b)
+    return found
 
 
 def device_name(device: str) -> str:
@@ -4954,12 +3376,10 @@ def device_name(device: str) -> str:
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     name = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return (
-        f"cpu ({name[1] if name else platform.processor() or 'unknown'}, {torch.get_num_threads()} threads)"
-    )
+    return f"cpu ({name[1] if name else platform.processor()}, {torch.get_num_threads()} threads)"
 
 
-def describe(data: object) -> str:
+def describe(data: ImageData) -> str:
     """One line on what is trained on."""
     mark = "SYNTHETIC images, made by this program: " if data.synthetic else ""
     skipped = f", {len(data.unreadable)} unreadable images skipped" if data.unreadable else ""
@@ -4969,59 +3389,53 @@ def describe(data: object) -> str:
     )
 
 
-def report(summary: dict) -> str:
-    """The table at the end: every policy side by side, then what was measured, whichever way it fell."""
-    lines = [
-        "",
-        f"{'policy':<7} {'accuracy':>9} {'activated':>10} {'TFLOPs':>8} {'training':>10} {'total':>9} "
-        f"{'unit-model saved':>17} {'joules':>9}",
-    ]
-    for name, p in summary["policies"].items():
+def table_of(policies: dict[str, dict]) -> list[str]:
+    """Every policy side by side, a line each."""
+    lines = ["policy   accuracy  activated   training     total   TFLOPs  unit energy   joules"]
+    for name, p in policies.items():
         joules = "-" if p["joules"] is None else f"{p['joules']:.0f}"
         accuracy = "-" if p["final_accuracy"] is None else f"{p['final_accuracy']:.2f} %"
         lines.append(
-            f"{name:<7} {accuracy:>9} {100 * p['activation_rate']:>8.1f} % {p['flops'] / 1e12:>8.1f} "
-            f"{p['train_seconds']:>8.1f} s {p['total_seconds']:>7.1f} s "
-            f"{p['energy_savings_percent']:>15.1f} % {joules:>9}"
+            f"{name:<7} {accuracy:>9} {100 * p['activation_rate']:>8.1f} % {p['train_seconds']:>8.1f} s "
+            f"{p['total_seconds']:>7.1f} s {p['flops'] / 1e12:>8.1f} {p['unit_energy']:>12.3g} {joules:>8}"
         )
-    first, m = next(iter(summary["policies"]), "ast"), summary["measured"]
-    lines.append("")
-    if m["speedup_vs_full"] is not None:
+    return lines
+
+
+RIVALS = {"random": "random selection of as many samples", "short": "plain training of as few epochs"}
+
+
+def report(summary: dict) -> str:
+    """The table at the end, then what was measured, whichever way it fell."""
+    first, m, lines = next(iter(summary["policies"]), "ast"), summary["measured"], []
+    if m["speedup_vs_full"] is None:
+        lines.append("no full run beside it (--compare full), so what is saved was not measured")
+    else:
         lines.append(
             f"measured against full training: {m['speedup_vs_full']:.2f} times its training speed "
             f"({m['total_speedup_vs_full']:.2f} times with evaluation and checkpoints), "
             f"{m['flops_saved_percent_vs_full']:.1f} % FLOPs saved, "
             f"{m['accuracy_minus_full']:+.2f} points of accuracy"
         )
-    else:
-        lines.append(
-            "no full run beside it (--compare full): what is saved is the unit model's word, unmeasured"
-        )
-    rivals = {"random": "random selection of as many samples", "short": "plain training of as few epochs"}
-    for name, words in rivals.items():
-        if (ahead := m[f"accuracy_minus_{name}"]) is not None:
-            lines.append(
-                f"{first} is {'ahead of' if ahead > 0 else 'not ahead of'} {words}: {ahead:+.2f} points, "
-                f"seeds: {len(summary['seeds'])} (one proves nothing)"
-            )
-    lines += [f"{name}: {r['words']}" for name, r in summary["references"].items() if r["words"]]
+    for name, words in RIVALS.items():
+        if (points := m[f"accuracy_minus_{name}"]) is not None:
+            seeds = f"seeds: {len(summary['seeds'])} (one proves nothing)"
+            ahead = "ahead of" if points > 0 else "not ahead of"
+            lines.append(f"{first} is {ahead} {words}: {points:+.2f} points, {seeds}")
+    lines += [f"{name}: {reference['words']}" for name, reference in summary["references"].items()]
     if summary["skipped_images"]:
         lines.append(f"unreadable images skipped: {summary['skipped_images']} (skipped_images.txt)")
-    if summary["changes_by_hand"]:
-        lines.append(
-            f"changes made by hand while it trained: {summary['changes_by_hand']} (events.jsonl), so the "
-            "policies did not run under the same settings"
-        )
+    if changes := summary["changes_by_hand"]:
+        lines.append(f"changes made by hand: {changes} (events.jsonl), so the policies' settings differ")
     if summary["synthetic"]:
         lines.append("SYNTHETIC data: these figures say nothing about real images")
     if not summary["complete"]:
-        lines.append(
-            f"stopped by {summary['stopped_by']}: go on with --resume (in a notebook: settings.resume = True)"
-        )
-    return "\n".join(lines)
+        lines.append(f"stopped by {summary['stopped_by']}: go on with --resume (or settings.resume = True)")
+    return "\n".join(["", *table_of(summary["policies"]), "", *lines])
 
 
-# %% From a person's settings to results tags=["shared"]
+# %% From settings to results tags=["shared", "fold"]
+# @title From settings to results
 def keep_freed_memory() -> None:
     """Tells glibc to keep freed memory, not to hand it back after a step and fault it in again in the next.
 
@@ -5034,64 +3448,84 @@ def keep_freed_memory() -> None:
         glibc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD, bytes
 
 
-def settle(settings: object, arguments: Iterable[str] = ()) -> tuple[object, dict[str, str], dict[str, str]]:
-    """The settings that will run; how each was given, and why the device decided it. Raises BadInput."""
-    settings, given = resolve(settings, list(arguments), dict(os.environ))
-    if settings.resume:
-        settings = take_up(replace(settings, out=settings.out or let_device_decide(settings)[0].out), given)
-    settings, decided = let_device_decide(settings)
-    return settings, given, decided
+def settings_for_run(settings: ASTConfig, arguments: Iterable[str] = ()) -> ASTConfig:
+    """The settings that will run. Raises BadInput."""
+    settings = parse(settings, list(arguments), dict(os.environ))
+    return fill_defaults(settings_of_run(settings) if settings.resume else settings)
+
+
+def settings_of_run(settings: ASTConfig) -> ASTConfig:
+    """The settings of the run that `--resume` goes on with. Raises BadInput where a given setting differs."""
+    out = Path(settings.out or fill_defaults(settings).out)
+    config, found = out / "config.json", {}
+    if config.exists():
+        try:
+            stored = json.loads(config.read_text(encoding="utf-8"))["settings"]
+            found = {item: stored[item.name] for item in fields(settings) if item.name not in FREE_ON_RESUME}
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"{config}: expected the settings of a run; leave --resume out") from error
+    for item, value in found.items():
+        check(item, value, f"{config}: {item.name}")
+        asked = getattr(settings, item.name)
+        if asked not in (item.default, value):
+            raise BadInput(
+                f"{flag(item.name)} {asked}: expected {value}, as in the run in {out}; leave it out"
+            )
+    return replace(settings, out=str(out), **{item.name: value for item, value in found.items()})
 
 
 def run(
-    settings: object,
+    settings: ASTConfig,
     arguments: Iterable[str] = (),
     listeners: Iterable[Callable] | None = None,
     controls: Controls | None = None,
     say: Callable[[str], None] = tqdm.write,
-    ready: "Ready | None" = None,
+    data: ImageData | None = None,
 ) -> dict:
-    """Settles the settings, trains every policy and seed, writes the output folder, and returns the summary.
+    """Trains every policy and seed of the settings, writes the output folder, and returns the summary.
 
     listeners: called with (event, data), in the thread that trains; a printed table if None. say: prints a
-    line. ready: the data, if it was loaded for these settings before. Raises BadInput, in one sentence, for
+    line. data: what the settings name, if it was loaded before. Raises BadInput, in one sentence, for
     anything a person can mend.
     """
-    settings, given, decided = settle(settings, arguments)
+    settings = settings_for_run(settings, arguments)
     keep_freed_memory()
     controls = controls or Controls()
     if settings.time_limit:
         controls.deadline = time.monotonic() + 60 * settings.time_limit
-    finished = Path(settings.out) / "summary.json"
-    if settings.resume and finished.exists():
-        summary = {"complete": False}
-        with contextlib.suppress(ValueError):  # a damaged summary is written anew
-            summary = json.loads(finished.read_text(encoding="utf-8"))
-        if summary["complete"]:
-            say(f"the run in {settings.out} is finished: nothing to do")
-            return summary
     say(f"{PROGRAM}: torch {torch.__version__} on {device_name(settings.device)}")
-    for name, value in asdict(settings).items():
-        how = given.get(name) or decided.get(name)
-        say(f"  {name} = {'the default' if value is None else value}" + (f"  ({how})" if how else ""))
+    for item in fields(settings):
+        if (value := getattr(settings, item.name)) != item.default:
+            say(f"  {item.name} = {value}")
     listeners = [print_table(say=say)] if listeners is None else listeners
-    summary = Run(settings, say, listeners, controls).execute(ready)
+    data = data or load_data(settings, say)
+    summary = Run(settings, data, say, listeners, controls).execute()
     say(report(summary))
     say(f"\nresults: {settings.out}")
     return summary
 
 
+def prepare(settings: ASTConfig) -> tuple[ASTConfig, ImageData]:
+    """The settings that will run, and the data they name, for the lessons and the run. Raises BadInput."""
+    settings = settings_for_run(settings)
+    data = load_data(settings, print)
+    print(describe(data))
+    return settings, data
+
+
 def main() -> int:
-    """The script: exit status 0 done or stopped by the time limit, 2 bad input, 130 or 143 after a signal."""
-    controls, codes = Controls(), {"Ctrl-C": 130, "SIGTERM": 143}
+    """The script: exit status 0 done or out of time, 2 bad input, 128 + its number after a signal."""
+    controls, codes = Controls(), {}
 
     def stop(number: int, frame: object) -> None:
-        controls.stop = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        controls.stop = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        codes[controls.stop] = 128 + number
         signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
         os.write(2, f"{controls.stop}: saving and stopping; once more to stop at once\n".encode())
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), stop)
     try:
         run(settings, sys.argv[1:], controls=controls)
     except BadInput as error:
@@ -5100,7 +3534,243 @@ def main() -> int:
     return codes.get(controls.stop, 0)
 
 
-# %% Why a worker and a pump [markdown] tags=["shared"]
+# %% Pictures [markdown] tags=["shared"]
+# ### Pictures
+#
+# A *history* is what one policy has done; the trainer's events make it grow. One function draws its panels,
+# for the dashboard, `curves.png` and the lessons. A policy has one colour everywhere: AST orange, full grey,
+# random blue, which any colour vision tells apart.
+
+# %% Pictures tags=["shared", "fold"]
+# @title Pictures
+COLOURS = {"ast": "#d55e00", "full": "#666666", "random": "#0072b2", "short": "#cc79a7"}
+COLOURS |= {"solve and PI": "#d55e00", "PI alone": "#0072b2"}  # in the controller's lesson
+STYLE = {"font.size": 8.5, "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.xmargin": 0}
+STYLE |= {"axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
+STYLE |= {"axes.titley": 1.0}  # to look for a free place would take an eighth of the drawing
+STYLE |= {"text.parse_math": False}  # names may hold a $
+DRAWING = threading.RLock()  # matplotlib has one style for all threads
+POINTS = 400  # decisions that a history keeps; a panel is hardly wider
+LINES = {  # panel: title with the unit, x, y, and what is dotted beside it
+    "accuracy": ("Validation accuracy (%)", "seconds", "accuracy", ""),
+    "samples": ("Validation accuracy (%)", "thousand samples", "accuracy", ""),
+    "rate": ("Activation rate (dotted: target)", "epochs", "rate", "target"),
+    "threshold": ("Threshold θ (a rank)", "epochs", "threshold", ""),
+    "energy": ("Unit energy, thousand (dotted: all)", "epochs", "energy", "energy_of_all"),
+    "flops": ("TFLOPs (dotted: all samples)", "epochs", "flops", "flops_of_all"),
+    "joules": ("Joules, measured", "epochs", "joules", ""),
+}
+LIVE = ("accuracy", "rate", "energy", "flops", "threshold", "histogram")
+CURVES = ("accuracy", "rate", "energy", "samples", "threshold", "seconds")
+
+
+class History:
+    """What one policy has done with one seed; the worker appends to it, the notebook's thread reads it."""
+
+    def __init__(self, policy: str, seed: int, epochs: int, rows: list[dict], changes: list[dict]):
+        """epochs: that it is to train. rows: those it has trained. changes: by hand, "control" events."""
+        self.policy, self.seed, self.epochs, self.changes = policy, seed, epochs, list(changes)
+        self.colour = COLOURS.get(policy, "black")
+        sums = "candidates activated epochs seconds training_seconds progress energy energy_of_all".split()
+        self.now = dict.fromkeys(sums, 0) | {"rate": 1.0, "target": 1.0}
+        self.points = [self.now]  # what `now` was; holds x and y of `LINES`, as far as they were known
+        self.row: dict = {}  # the newest epoch
+        self.scores: tuple[np.ndarray, float | None] | None = None  # and θ, a rank among them
+        for row in rows:
+            values = {"target": row["target_activation"], "threshold": row["threshold"]}
+            self.now = self.after(row["candidates"], row["activated"], **values)
+            self.ended(row)
+
+    def after(self, candidates: int, activated: int, **more: object) -> dict:
+        """The state once so many more samples were decided on; `more` is known then."""
+        now, before = dict(self.now), self.points[-1]
+        now["candidates"] += candidates
+        now["activated"] += activated
+        now["rate"] = (now["activated"] - before["activated"]) / (now["candidates"] - before["candidates"])
+        now["thousand samples"] = 1e-3 * now["activated"]
+        now["energy"] = 1e-3 * Cost(0.0, now["candidates"], now["activated"]).unit_energy
+        now["energy_of_all"] = 1e-3 * UNIT_ACTIVATED * now["candidates"]
+        return now | more
+
+    def decided(self, data: dict) -> None:
+        """Takes in a decision of the gate; keeps `POINTS` of them, and each that met a new target."""
+        theta, before = getattr(data["gate"], "threshold", None), self.points[-1]
+        more = {name: data[name] for name in ("phase", "progress", "seconds", "joules")}
+        more |= {"target": data["rate"], "threshold": theta}
+        more["epochs"] = self.row.get("epoch", 0) + data["candidates"] / data["n"]
+        now = self.after(data["offered"], data["activated"], **more)
+        if each := 1e-12 * data["flops_per_sample"].get("training", 0):
+            now["flops"] = each * now["activated"] + 1e-12 * data["scoring_flops"]
+            now["flops_of_all"] = each * now["candidates"]
+        self.now, offered = now, now["candidates"] - before["candidates"]
+        if data["rate"] != before["target"] or offered >= self.epochs * data["n"] / POINTS:
+            self.points.append(now)
+            if len(scores := scores_of(data["gate"])):
+                self.scores = scores.numpy(), theta
+
+    def ended(self, row: dict) -> None:
+        """Takes in an epoch that has ended."""
+        now = self.now | {"epochs": row["epoch"], "seconds": row["elapsed_seconds"]}
+        now["training_seconds"] += row["seconds"]
+        now["progress"] = 1.0 if row["epoch"] == self.epochs else now["progress"]
+        self.row, self.now = row, now
+        self.points.append(now | {"accuracy": row["val_accuracy"]})
+
+    def line(self, x: str, y: str) -> np.ndarray:
+        """What is known of y over x, float64 [2, points]."""
+        known = [(point[x], point[y]) for point in list(self.points) if point.get(y) is not None]
+        return np.array(known, dtype=float).reshape(-1, 2).T
+
+
+class Histories:
+    """The histories of a session: a listener in the worker, read by the notebook's thread."""
+
+    def __init__(self, title: str = ""):
+        self.title = title  # of pictures
+        self.runs: list[History] = []  # the newest last
+        self.work: dict[str, float] = {}  # samples that each policy is to train on, a seed
+        self.whole = 0.0  # samples that are still to be trained on when the session begins
+
+    def __call__(self, event: str, data: dict) -> None:
+        if event == "plan":
+            self.work = data["work"]
+            left = [(p, s) for s in data["seeds"] for p in self.work if (p, s) not in data["done"]]
+            self.whole = sum(self.work[policy] for policy, _ in left)
+        elif event == "start":
+            names = ("policy", "seed", "epochs", "rows", "changes")
+            self.runs.append(History(*(data[name] for name in names)))
+        elif event == "chunk":
+            self.runs[-1].decided(data)
+        elif event == "epoch":
+            self.runs[-1].ended(data)
+        elif event == "control":
+            self.runs[-1].changes.append(data)
+
+    def progress(self) -> tuple[float, float | None]:
+        """Share of the work that is done, and the seconds that the rest takes at the pace so far."""
+        done = sum(self.work.get(run.policy, 0.0) * run.now["progress"] for run in list(self.runs))
+        seconds = sum(run.now["seconds"] for run in list(self.runs))
+        known = done and seconds > 3
+        return done / (self.whole or 1.0), seconds * (self.whole / done - 1) if known else None
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Our style, in one thread at a time, and no warning for each letter that the font lacks."""
+    with DRAWING, warnings.catch_warnings(), matplotlib.rc_context(STYLE):
+        warnings.filterwarnings("ignore", "Glyph")
+        yield
+
+
+def png_of(figure: Figure) -> bytes:
+    """Draws the figure; returns a PNG with a palette of at most 256 colours, a third of the size."""
+    canvas, buffer = FigureCanvasAgg(figure), io.BytesIO()
+    canvas.draw()
+    image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
+    image.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def picture(histories: list[History], panels: Sequence[str], title: str = "", dpi: int = 100) -> bytes:
+    """The PNG of some panels; of several seeds, the last one's are drawn."""
+    with drawing():
+        figure = Figure(figsize=(9.8 if len(panels) < 7 else 12.6, 4.8), dpi=dpi)
+        figure.suptitle(title, x=0.01, ha="left")
+        draw_panels(figure, [h for h in histories if h.seed == histories[-1].seed], panels)
+        return png_of(figure)
+
+
+def draw_panels(figure: Figure, histories: list[History], panels: Sequence[str]) -> None:
+    """Fills a figure with panels: of `LINES`, "histogram", "seconds". The first history is under test."""
+    rows = 1 if len(panels) < 4 else 2
+    space = {"left": 0.052, "right": 0.985, "top": 0.9, "bottom": 0.09, "wspace": 0.42, "hspace": 0.45}
+    grid = figure.subplots(rows, len(panels) // rows, squeeze=False, gridspec_kw=space)
+    for name, axes in zip(panels, grid.flat, strict=True):
+        if name == "histogram":
+            draw_histogram(axes, histories)
+        elif name == "seconds":
+            draw_seconds(axes, histories)
+        else:
+            draw_lines(axes, histories, *LINES[name])
+        if not axes.has_data():
+            axes.set_yticks([])
+            axes.text(0.5, 0.5, "none so far", ha="center", transform=axes.transAxes)
+        if name in LINES and name != "samples":
+            mark_changes(axes, histories, LINES[name][1], named=name == "rate")
+    label_ends(grid[0, 0], histories, *LINES[panels[0]][1:3])
+
+
+def draw_lines(axes: Axes, histories: list[History], title: str, x: str, y: str, dotted: str) -> None:
+    """y of each history over x, the first on top; and what is dotted, of the first."""
+    lines = [(history.line(x, y), {"color": history.colour}) for history in reversed(histories)]
+    lines += [(history.line(x, dotted), {"color": "black", "ls": ":"}) for history in histories[:1]]
+    steps = "steps-pre" if y == "rate" else "default"  # a rate is that of the samples since the point before
+    for line, style in lines:
+        if line.size:
+            axes.plot(*line, marker="." if y == "accuracy" else None, drawstyle=steps, **style)
+    axes.set(title=title, xlabel=x)
+    axes.locator_params(nbins=5)
+    axes.locator_params("x", integer=x == "epochs", min_n_ticks=1)
+    longest = max((history.epochs for history in histories), default=1)
+    axes.set_xlim(0, longest if x == "epochs" else None)
+    if y not in ("accuracy", "threshold"):
+        axes.set_ylim(bottom=0)
+
+
+def label_ends(axes: Axes, histories: list[History], x: str, y: str) -> None:
+    """Names each line at the right edge, at the height of its end, pushed apart so that none overlap."""
+    ends = sorted((curve[1, -1], h.policy, h.colour) for h in histories if (curve := h.line(x, y)).size)
+    low, high = axes.get_ylim()
+    line = 0.16 * axes.figure.dpi / axes.bbox.height  # inches, as a share of the height
+    room = line * (high - low) * np.arange(len(ends))
+    heights = np.maximum.accumulate(np.array([end for end, _, _ in ends]) - room) + room
+    for height, (_, name, colour) in zip(np.minimum(heights, high - room[::-1]), ends, strict=True):
+        axes.text(1.02, height, name, color=colour, va="center", transform=axes.get_yaxis_transform())
+
+
+def mark_changes(axes: Axes, histories: list[History], x: str, named: bool) -> None:
+    """A line in the policy's colour for each change by hand; named where there is room for it."""
+    changes = [(change, history) for history in histories for change in list(history.changes)]
+    last, room = -math.inf, 0.06 * np.ptp(axes.get_xlim())
+    for change, history in sorted(changes, key=lambda pair: pair[0][x]):
+        at = change[x]
+        axes.axvline(at, color=history.colour, linewidth=0.8)
+        if named and at - last > room:
+            where = {"rotation": 90, "ha": "right" if at > room else "left", "va": "top"}
+            axes.text(at, 0.92, change["words"], transform=axes.get_xaxis_transform(), **where)
+            last = at
+
+
+def draw_histogram(axes: Axes, histories: list[History]) -> None:
+    """The significances at the newest look at the first history's gate, and its θ among them."""
+    axes.set(title="Significance, % (dashed: θ)", xlabel="significance")
+    for scores, theta in [history.scores for history in histories[:1] if history.scores]:
+        high = float(np.quantile(scores, 0.98)) or 1.0
+        counts, edges = np.histogram(np.clip(scores, 0, high), 30, (0, high))
+        axes.stairs(100 * counts / len(scores), edges, fill=True, color=histories[0].colour, alpha=0.5)
+        if theta is not None and math.isfinite(theta):
+            at = float(np.quantile(scores, min(1.0, max(0.0, theta))))
+            axes.axvline(min(high, at), color="black", linestyle="--")
+
+
+def draw_seconds(axes: Axes, histories: list[History]) -> None:
+    """The seconds that a person waits for, one bar a policy."""
+    names, colours = [h.policy for h in histories], [h.colour for h in histories]
+    axes.barh(names, [h.now["seconds"] for h in histories], color=colours, alpha=0.35)
+    axes.barh(names, [h.now["training_seconds"] for h in histories], color=colours)
+    axes.set(title="Measured time (pale: not training)", xlabel="seconds")
+    axes.invert_yaxis()
+
+
+def curves(results: list[dict], title: str, path: Path) -> None:
+    """Draws finished or stopped runs, of the first seed, into a PNG."""
+    shown = [r for r in results if r["epochs"] and r["seed"] == results[0]["seed"]]
+    histories = [History(r["policy"], r["seed"], len(r["epochs"]), r["epochs"], r["changes"]) for r in shown]
+    write_whole(path, picture(histories, CURVES, title, 140))
+
+
+# %% The worker and the pump [markdown] tags=["shared"]
 # ### A run you can talk to
 #
 # A cell that trains keeps the kernel busy: no slider is heard until it ends. A cell that returns at once is
@@ -5108,7 +3778,8 @@ def main() -> int:
 # cell awaits a *pump* that lets widget messages in, and holds back the cells that come next. The worker
 # touches no widget: it appends to lists and reads `Controls`.
 
-# %% The worker and the pump tags=["shared"]
+# %% The worker and the pump tags=["shared", "fold"]
+# @title The worker and the pump
 PUMP_SECONDS = 0.1  # between two looks at the sliders
 
 
@@ -5125,46 +3796,50 @@ class Worker(threading.Thread):
 
     def __init__(self, work: Callable[[], dict]):
         super().__init__(daemon=True, name=self.NAME)
-        self.work, self.summary, self.error = work, None, None
+        self.work, self.outcome = work, Future()
         self.start()
 
     def run(self) -> None:
         try:
-            self.summary = self.work()
+            self.outcome.set_result(self.work())
         except BaseException as error:  # raised again in the cell, by `result`
-            self.error = error
+            self.outcome.set_exception(error)
 
     def result(self) -> dict:
         """What `work` returned; raises what it raised, with its traceback."""
-        self.join()
-        if self.error is not None:
-            raise self.error
-        return self.summary
+        return self.outcome.result()
 
 
 class Pump:
     """Lets widget messages in while a cell awaits it; cells that were asked for meanwhile run afterwards.
 
     ipykernel before 7 (Colab, Kaggle) reads messages only between cells, so we turn its loop ourselves and
-    keep execute requests for later. From 7 on it reads them while a cell awaits; without a kernel there is
-    nothing to do.
+    keep execute requests for later. From 7 on it reads them while a cell awaits, but does not tell that it
+    has handled them, which a slider waits for before it sends again. Without a kernel there is nothing to do.
     """
 
     def __init__(self):
-        self.kernel = kernel()
-        if not hasattr(self.kernel, "msg_queue") or not hasattr(self.kernel, "schedule_dispatch"):
-            self.kernel = None
-        self.held: list[tuple] = []  # as they lay in the queue
+        self.kernel, self.held = kernel(), []  # held: requests as they lay in the queue
+        self.turned = hasattr(self.kernel, "msg_queue") and hasattr(self.kernel, "schedule_dispatch")
+        self.handlers = {} if self.turned else getattr(self.kernel, "shell_handlers", {})
+        self.handle = self.handlers.get("comm_msg")
 
-    async def __aenter__(self) -> "Pump":
-        if self.kernel:
+    async def __aenter__(self) -> Pump:
+        if self.turned:
             ident = getattr(self.kernel, "_parent_ident", None)
             self.cell = (ident.get("shell") if hasattr(ident, "get") else ident, self.kernel.get_parent())
+        if self.handle:
+            self.handlers["comm_msg"] = self._handled
         return self
+
+    def _handled(self, stream: object, ident: object, message: dict) -> object:
+        result = self.handle(stream, ident, message)
+        self.kernel._publish_status("idle", "shell", message)
+        return result
 
     async def __call__(self) -> None:
         """Waits for `PUMP_SECONDS`, and handles what has arrived."""
-        if self.kernel and self.kernel.msg_queue.qsize():
+        if self.turned and self.kernel.msg_queue.qsize():
             sys.stdout.flush()  # what is printed belongs to whose message is in hand when it is sent
             sys.stderr.flush()
             for _ in range(min(10, self.kernel.msg_queue.qsize())):  # a drag sends several
@@ -5177,7 +3852,9 @@ class Pump:
         await asyncio.sleep(PUMP_SECONDS)
 
     async def __aexit__(self, *error: object) -> None:
-        if self.kernel:
+        if self.handle:
+            self.handlers["comm_msg"] = self.handle
+        if self.turned:
             while self.kernel.msg_queue.qsize():  # what came later stays later
                 _, dispatch, arguments = self.kernel.msg_queue.get_nowait()
                 self.held.append((dispatch, *arguments))
@@ -5192,511 +3869,115 @@ class Pump:
         return json.loads(frames[1].bytes)["msg_type"] == "execute_request"
 
 
-# %% Why a monitor [markdown] tags=["shared"]
+# %% The dashboard [markdown] tags=["shared"]
 # ### The dashboard
 #
-# The *monitor* is a listener in the worker: it keeps what the picture needs, and nothing more. Every second
-# the cell reads it, updates the numbers, and draws the picture anew where that is due. Drawing takes
-# time from training, so a picture that takes long is drawn less often: it never costs more than a small
-# share, whatever the machine.
-
-# %% The monitor tags=["shared"]
-POINTS = 400  # a policy, along the epochs; a picture is hardly wider
+# Once a second the cell reads the histories and updates the numbers. Drawing takes time from training, so
+# there is a picture as often as a small share of the time allows, and at once after a change by hand.
 
 
-@dataclass
-class Point:
-    """The state of a run after a decision of the gate; counts are of the whole run so far."""
-
-    epochs: float
-    candidates: int
-    activated: int
-    rate: float  # since the point before
-    target: float
-    threshold: float = math.nan
-    scoring_flops: float = 0.0
-    joules: float = math.nan
-
-
-@dataclass
-class Trace:
-    """What one policy with one seed has done so far."""
-
-    policy: str
-    seed: int
-    epochs: int
-    n: int
-    rows: list[dict]
-    begun: tuple[int, int] = (0, 0)  # decided and chosen of the epoch in hand, in the session before
-    points: list[Point] = field(default_factory=list)
-    changes: list[tuple[float, float, str]] = field(default_factory=list)  # the trainer's own list
-    candidates: int = 0
-    activated: int = 0
-    latest: dict = field(default_factory=dict)  # the newest chunk
-    began: tuple[float, float] | None = None  # progress and seconds at this session's first chunk
-
-    def __post_init__(self):
-        for row in self.rows:  # of the session before
-            self.candidates += row["candidates"]
-            self.activated += row["activated"]
-            theta = math.nan if row["threshold"] is None else row["threshold"]
-            rates = row["activation_rate"], row["target_activation"]
-            self.points.append(Point(row["epoch"], self.candidates, self.activated, *rates, theta))
-        self.candidates += self.begun[0]
-        self.activated += self.begun[1]
-
-    def decided(self, data: dict) -> None:
-        self.candidates += data["offered"]
-        self.activated += data["activated"]
-        self.latest = data
-        self.began = self.began or (data["progress"], data["seconds"])
-        before = self.points[-1] if self.points else Point(0, 0, 0, math.nan, data["rate"])
-        offered = self.candidates - before.candidates
-        if offered < self.epochs * self.n / POINTS and before.target == data["rate"]:
-            return
-        theta = getattr(data["gate"], "threshold", None)
-        self.points.append(
-            Point(
-                len(self.rows) + data["candidates"] / data["n"],
-                self.candidates,
-                self.activated,
-                (self.activated - before.activated) / offered,
-                data["rate"],
-                math.nan if theta is None else theta,
-                data["scoring_flops"],
-                math.nan if data["joules"] is None else data["joules"],
-            )
-        )
-
-    @property
-    def seconds(self) -> float:
-        return self.latest.get("seconds", self.rows[-1]["elapsed_seconds"] if self.rows else 0.0)
-
-    def flops(self, point: Point) -> tuple[float, float]:
-        """FLOPs of training and scoring up to a point, and of training on all its candidates."""
-        each = self.latest.get("flops_per_sample", {}).get("training", 0.0)
-        return point.activated * each + point.scoring_flops, point.candidates * each
-
-    def seconds_saved(self) -> float | None:
-        """Percent of training seconds saved, had every candidate cost what it cost in this run's warm-up."""
-        full = [row for row in self.rows if row["phase"] == "warmup"]
-        if not full or not self.latest:
-            return None
-        trained = sum(row["seconds"] - row["scoring_seconds"] for row in full)
-        pace = trained / sum(row["candidates"] for row in full)
-        return 100 * (1 - self.latest["train_seconds"] / (pace * self.candidates))
-
-
-class Monitor:
-    """A listener that remembers what the dashboard shows; written by the worker, read by the notebook."""
-
-    def __init__(self):
-        self.work: dict[str, float] = {}  # samples that each policy is expected to train on, a seed
-        self.left: list[tuple[str, int]] = []  # policies and seeds not yet begun
-        self.traces: list[Trace] = []
-        self.scores: tuple[np.ndarray, float] | None = None  # significances, and θ as a rank among them
-        self.looked = -math.inf  # when `scores` was taken, on time.monotonic()'s clock
-
-    def __call__(self, event: str, data: dict) -> None:
-        if event == "plan":
-            self.work = data["work"]
-            self.left = [(p, s) for s in data["seeds"] for p in self.work if (p, s) not in data["done"]]
-        elif event == "start":
-            names = ("policy", "seed", "epochs", "n", "rows", "changes", "begun")
-            self.traces.append(Trace(**{name: data[name] for name in names if name in data}))
-            self.left = [run for run in self.left if run != (data["policy"], data["seed"])]
-        elif event == "chunk":
-            self.traces[-1].decided(data)
-            self._look(data["gate"])
-        elif event == "epoch":
-            self.traces[-1].rows.append(data)
-
-    def _look(self, gate: object) -> None:
-        if time.monotonic() - self.looked >= 1 and len(scores := scores_of(gate)):
-            theta = getattr(gate, "threshold", None)
-            theta = math.nan if theta is None else theta
-            self.scores, self.looked = (scores.numpy().copy(), theta), time.monotonic()
-
-    @property
-    def now(self) -> Trace | None:
-        """The run in hand, or the last one."""
-        return self.traces[-1] if self.traces else None
-
-    @property
-    def main(self) -> Trace | None:
-        """The newest run of the gate under test: the first policy of its seed."""
-        seeds = [trace for trace in self.traces if trace.seed == self.traces[-1].seed]
-        return seeds[0] if seeds else None
-
-    def progress(self) -> tuple[float, float | None]:
-        """Share of all the work that is done, and the seconds that the rest takes at this session's pace."""
-        done = spent = this = 0.0
-        for trace in self.traces:
-            work, at = self.work.get(trace.policy, 0.0), trace.latest.get("progress", 0.0)
-            at = 1.0 if len(trace.rows) == trace.epochs else at
-            began = trace.began or (0.0, 0.0)
-            done, this = done + work * at, this + work * (at - began[0])
-            spent += trace.seconds - began[1]
-        rest = sum(self.work.get(policy, 0.0) for policy, _ in self.left)
-        rest += sum(self.work.get(t.policy, 0.0) for t in self.traces) - done
-        share = done / (done + rest) if done + rest else 0.0
-        return share, spent / this * rest if this > 0 and spent > 3 else None
-
-
-# %% The live picture tags=["shared"]
-LIVE_STYLE = STYLE | {
-    "font.size": 8.5,
-    "axes.titlesize": 9.5,
-    "lines.linewidth": 1.5,
-    "figure.constrained_layout.use": False,  # which would take half of the drawing time
-}
-
-
-def png_of(figure: Figure) -> bytes:
-    """Draws the figure; returns a PNG with a palette of at most 256 colours, a third of the size."""
-    figure.canvas.draw()
-    return encode(figure.canvas)
-
-
-def encode(canvas: FigureCanvasAgg) -> bytes:
-    """What is on the canvas, as such a PNG."""
-    picture = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
-    buffer = io.BytesIO()
-    picture.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(buffer, "png")
-    return buffer.getvalue()
-
-
-def nice(value: float) -> float:
-    """The next of …, 1, 1.4, 2, 2.8, 4, …: limits that rarely move, so that axes are rarely drawn anew."""
-    return 2.0 ** (math.ceil(2 * math.log2(max(value, 1e-9))) / 2)
-
-
-PANELS = {  # title, x and y of each; the last one where there is a sensor
-    "accuracy": ("Validation accuracy", "seconds", "accuracy (%)"),
-    "rate": ("Activation rate (dotted: target)", "epochs", "activated / candidates"),
-    "threshold": ("Threshold", "epochs", "θ (rank of the significance)"),
-    "energy": ("Unit energy (a model, not joules)", "epochs", "thousand units"),
-    "flops": ("FLOPs of training and scoring", "epochs", "TFLOPs"),
-    "histogram": ("Significance of the samples", "significance", "samples (%)"),
-    "joules": ("Measured energy", "epochs", "joules"),
-}
-
-
-class LivePicture:
-    """The panels of a run in progress, drawn again and again on one figure.
-
-    Axes and their numbers are most of the drawing, so they are kept as a background, each until its limits
-    move, and only the data is drawn onto it.
-    """
-
-    def __init__(self, monitor: Monitor):
-        """Has a panel for joules if the monitor has seen any."""
-        joules = monitor.now is not None and monitor.now.latest.get("joules") is not None
-        with matplotlib.rc_context(LIVE_STYLE):
-            self.figure = Figure(figsize=(12.6 if joules else 9.8, 4.8), dpi=100)
-            FigureCanvasAgg(self.figure)
-            space = {"left": 0.06, "right": 0.985, "top": 0.94, "bottom": 0.1, "hspace": 0.46, "wspace": 0.3}
-            grid = self.figure.add_gridspec(2, 4 if joules else 3, **space)
-            cells = [grid[i // 3, i % 3] for i in range(6)] + ([grid[:, 3]] if joules else [])
-            self.axes = {n: self.figure.add_subplot(c) for n, c in zip(PANELS, cells, strict=False)}
-            for name, axes in self.axes.items():
-                axes.autoscale(False)
-                axes.set(**dict(zip(("title", "xlabel", "ylabel"), PANELS[name], strict=True)))
-        self.limits: dict[str, tuple[float, float, float, float]] = {}  # x from, to, y from, to
-        self.sheets: dict[str, np.ndarray] = {}  # each panel's empty axes, uint8 [height, width, 4]
-
-    def draw(self, monitor: Monitor) -> bytes:
-        """The PNG of what the monitor knows now."""
-        self.furnish(self.find_limits(monitor))
-        canvas = self.figure.canvas
-        np.copyto(np.asarray(canvas.buffer_rgba()), self.background)
-        with matplotlib.rc_context(LIVE_STYLE):
-            for name, axes in self.axes.items():
-                getattr(self, name)(axes, monitor)
-                for artist in [*axes.collections, *axes.patches, *axes.lines, *axes.texts]:
-                    axes.draw_artist(artist)
-                    artist.remove()
-        return encode(canvas)
-
-    def furnish(self, limits: dict[str, tuple[float, float, float, float]]) -> None:
-        """Draws the empty axes whose limits moved, each on a white sheet, and lays the sheets together."""
-        canvas, renderer = self.figure.canvas, self.figure.canvas.get_renderer()
-        moved = [name for name in self.axes if limits[name] != self.limits.get(name)]
-        with matplotlib.rc_context(LIVE_STYLE):
-            for name in moved:
-                self.axes[name].set(xlim=limits[name][:2], ylim=limits[name][2:])
-                self.figure.patch.draw(renderer)
-                self.axes[name].draw(renderer)
-                self.sheets[name] = np.array(canvas.buffer_rgba())
-        if moved:
-            self.background, self.limits = np.minimum.reduce(list(self.sheets.values())), limits
-
-    def find_limits(self, monitor: Monitor) -> dict[str, tuple[float, float, float, float]]:
-        """What each panel must show; energy and FLOPs reach to what training on everything will cost."""
-        trace = monitor.main
-        epochs, points = (trace.epochs, trace.points) if trace else (1, [])
-        seconds = max([1.0, *(t.seconds for t in monitor.traces)])
-        thetas = [p.threshold for p in points if math.isfinite(p.threshold)]
-        total = epochs * trace.n if trace else 1000
-        full = trace.flops(Point(0, total, 0, 0, 0))[1] if trace else 0.0
-        high, tallest = 1.0, 10.0
-        if monitor.scores is not None:
-            counts, edges = self.bins(monitor.scores[0])
-            high, tallest = edges[-1], nice(1.2 * counts.max())
-        low, up = math.floor(4 * min([0.0, *thetas])) / 4, math.ceil(4 * max([1.0, *thetas])) / 4
-        joules = nice(max([p.joules for p in points if math.isfinite(p.joules)], default=1.0))
-        return {
-            "accuracy": (0, nice(1.3 * seconds), 0, 100),
-            "rate": (0, epochs, 0, 1.04),
-            "threshold": (0, epochs, low, up),
-            "energy": (0, epochs, 0, 1e-3 * UNIT_ACTIVATED * total),
-            "flops": (0, epochs, 0, 1e-12 * full or 1.0),
-            "histogram": (0, high, 0, tallest),
-            "joules": (0, epochs, 0, joules),
-        }
-
-    def accuracy(self, axes: object, monitor: Monitor) -> None:
-        shown = [t for t in monitor.traces if t.seed == monitor.now.seed and t.rows] if monitor.now else []
-        for trace in shown:
-            xy = [(row["elapsed_seconds"], row["val_accuracy"]) for row in trace.rows]
-            axes.plot(*zip(*xy, strict=True), ".-", color=COLOURS.get(trace.policy, "black"))
-        label_ends(axes, [{"policy": t.policy, "epochs": t.rows} for t in shown], 0.8)
-        self.marks(axes, monitor, 1)
-
-    def rate(self, axes: object, monitor: Monitor) -> None:
-        points = self.points(monitor)
-        x = [p.epochs for p in points]
-        axes.plot(x, [p.rate for p in points], color=self.colour(monitor))
-        axes.step(x, [p.target for p in points], where="pre", color="black", linestyle=":")
-        self.marks(axes, monitor, 0, named=True)
-
-    def threshold(self, axes: object, monitor: Monitor) -> None:
-        points = self.points(monitor)
-        axes.plot([p.epochs for p in points], [p.threshold for p in points], color=self.colour(monitor))
-        self.marks(axes, monitor, 0)
-
-    def energy(self, axes: object, monitor: Monitor) -> None:
-        points = self.points(monitor)
-        spent = [1e-3 * Account(0.0, p.candidates, p.activated).unit_energy for p in points]
-        self.areas(axes, monitor, points, spent, [1e-3 * UNIT_ACTIVATED * p.candidates for p in points])
-
-    def flops(self, axes: object, monitor: Monitor) -> None:
-        points = self.points(monitor)
-        flops = np.array([monitor.main.flops(p) for p in points]).reshape(-1, 2) * 1e-12
-        self.areas(axes, monitor, points, flops[:, 0], flops[:, 1])
-
-    def joules(self, axes: object, monitor: Monitor) -> None:
-        points = self.points(monitor)
-        axes.plot([p.epochs for p in points], [p.joules for p in points], color=self.colour(monitor))
-        self.marks(axes, monitor, 0)
-
-    def histogram(self, axes: object, monitor: Monitor) -> None:
-        if monitor.scores is None:
-            learns = not monitor.main or monitor.main.policy == "ast"
-            words = (
-                "scored from the first\nsparse epoch on" if learns else "this gate remembers\nno significance"
-            )
-            axes.text(0.5, 0.5, words, ha="center", transform=axes.transAxes)
-            return
-        scores, theta = monitor.scores
-        counts, edges = self.bins(scores)
-        axes.stairs(counts, edges, fill=True, color=COLOURS["ast"], alpha=0.45)
-        if math.isfinite(theta):
-            at = min(edges[-1], float(np.quantile(scores, min(1.0, max(0.0, theta)))))
-            axes.axvline(at, color="black", linestyle="--")
-            side = "right" if at > edges[-1] / 2 else "left"
-            height = {"va": "top", "transform": axes.get_xaxis_transform(), "bbox": PLATE}
-            axes.text(at, 0.97, f"  θ = {theta:.2f}{', above all' if theta > 1 else ''}  ", ha=side, **height)
-
-    @staticmethod
-    def bins(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Percent of the samples in each of 30 bins, and their edges; the last one holds all beyond."""
-        high = nice(float(np.quantile(scores, 0.98)))
-        counts, edges = np.histogram(np.clip(scores, 0, high), 30, (0, high))
-        return 100 * counts / len(scores), edges
-
-    @staticmethod
-    def points(monitor: Monitor) -> list[Point]:
-        """Those of the gate under test."""
-        return list(monitor.main.points) if monitor.main else []
-
-    def areas(self, axes: object, monitor: Monitor, points: list[Point], spent: object, full: object) -> None:
-        """What was spent, as an area below what training on everything would have spent by now."""
-        x, colour = [p.epochs for p in points], self.colour(monitor)
-        axes.fill_between(x, full, color=COLOURS["full"], alpha=0.3, linewidth=0)
-        axes.fill_between(x, spent, color=colour, alpha=0.75, linewidth=0)
-        style = {"va": "top", "transform": axes.transAxes, "bbox": PLATE}
-        axes.text(0.03, 0.95, "training on everything", color="#444444", **style)
-        name = monitor.main.policy if monitor.main else "ast"
-        if points and full[-1] > 0:
-            saved = 100 * (1 - spent[-1] / full[-1])
-            name += f": {abs(saved):.0f} % {'less' if saved >= 0 else 'more'} so far"
-        axes.text(0.03, 0.84, name, color=colour, **style)
-        self.marks(axes, monitor, 0)
-
-    def marks(self, axes: object, monitor: Monitor, x: int, named: bool = False) -> None:
-        """A line for every change by hand, at its epochs (x = 0) or seconds (1)."""
-        last, traces = -math.inf, [monitor.main] if monitor.main else []
-        if x:  # seconds are every policy's own
-            traces = [trace for trace in monitor.traces if trace.seed == monitor.now.seed]
-        for mark in [mark for trace in traces for mark in list(trace.changes)]:
-            axes.axvline(mark[x], color="black", linewidth=0.8, alpha=0.5)
-            if named and mark[x] - last > 0.05 * monitor.main.epochs:
-                where = {"transform": axes.get_xaxis_transform(), "rotation": 90, "fontsize": 7.5}
-                side = "right" if mark[x] > 0.05 * monitor.main.epochs else "left"
-                axes.text(mark[x], 0.03, mark[2] + " ", ha=side, va="bottom", **where)
-                last = mark[x]
-
-    @staticmethod
-    def colour(monitor: Monitor) -> str:
-        return COLOURS.get(monitor.main.policy if monitor.main else "ast", "black")
-
-
-# %% The dashboard tags=["shared"]
-def show_png(picture: bytes) -> None:
-    """Displays a PNG in a notebook."""
-    from IPython.display import Image as Shown  # a script needs no IPython
-    from IPython.display import display
-
-    display(Shown(picture))
-
-
+# %% The dashboard tags=["shared", "fold"]
+# @title The dashboard
 class Dashboard:
-    """Sliders and buttons that write `controls`, panels that show `monitor`; all in the cell's own thread."""
+    """Sliders and buttons that write `controls`, numbers and panels that show `histories`, in `panel`."""
 
-    DRAWING = 1 / 60  # share of the time that drawing may take, on the whole
-
-    def __init__(self, monitor: Monitor, controls: Controls, settings: object):
+    def __init__(self, panel: object, histories: Histories, controls: Controls, settings: ASTConfig):
+        """panel: an `ipywidgets.VBox`; a new one if None."""
         import ipywidgets as widgets  # a script needs none
 
-        self.monitor, self.controls = monitor, controls
-        self.picture: LivePicture | None = None
-        self.told = self.began = time.monotonic()
-        self.drawing = 0.0  # seconds of this thread's own time spent on pictures
-        self.shown: Trace | None = None
-        self.following = False  # whether the values move by themselves
-        self.works = True
-        layout, wrapped = widgets.Layout(width="300px"), widgets.Layout(flex_flow="row wrap")
-        steered = {"layout": layout, "style": {"description_width": "initial"}}
-        slider = {"continuous_update": False, "readout_format": ".2f", **steered}
-        target, names = settings.target_activation, [*LEARNED, "random"]
-        self.target = widgets.FloatSlider(target, min=min(0.02, target), max=1.0, step=0.01, **slider)
-        self.target.description = "target activation"
-        self.factor = widgets.FloatLogSlider(1.0, min=-1, max=1, step=0.05, **slider)
-        self.factor.description = "learning rate ×"
-        self.gate = widgets.Dropdown(options=names, description="gate, from the next epoch", **steered)
-        self.gate.value = settings.gate if settings.gate in names else None
-        self.pause = widgets.Button(description="Pause", icon="pause")
+        self.panel, self.histories, self.controls = panel or widgets.VBox(), histories, controls
+        self.share = 0.03 if torch.get_num_threads() >= (os.cpu_count() or 1) else 0.02  # for pictures
+        self.told = self.began = self.due = time.monotonic()  # due: when there will be another picture
+        self.changes = 0  # by hand, that the newest picture shows
+        self.shown: History | None = None
+        wide, wrapped = widgets.Layout(width="300px"), widgets.Layout(flex_flow="row wrap")
+        style = {"readout_format": ".2f", "layout": wide, "style": {"description_width": "initial"}}
+        target = settings.target_activation
+        self.target = widgets.FloatSlider(target, min=min(0.02, target), max=1, step=0.01, **style)
+        self.factor = widgets.FloatLogSlider(1.0, min=-1, max=1, step=0.05, **style)
+        self.target.description, self.factor.description = "target activation", "learning rate ×"
+        for control, slider in (("target_activation", self.target), ("learning_rate_factor", self.factor)):
+            slider.continuous_update = False
+            slider.observe(functools.partial(self._moved, control), "value")
+        self.pause = widgets.ToggleButton(description="Pause", icon="pause")
+        self.pause.observe(lambda change: controls.pause(change["new"]), "value")
         self.stop = widgets.Button(description="Stop and save", icon="stop")
-        self.bar = widgets.FloatProgress(0.0, min=0.0, max=1.0, layout=layout)
-        self.words = widgets.HTML("loading the data")
-        self.image = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
-        rows = [
-            widgets.HBox([self.target, self.factor, self.gate], layout=wrapped),
-            widgets.HBox([self.pause, self.stop, self.bar], layout=wrapped),
-            self.words,
-            self.image,
-        ]
-        self.box = widgets.VBox(rows)
-        steering = {"target_activation": self.target, "learning_rate_factor": self.factor, "gate": self.gate}
-        for control, widget in steering.items():
-            widget.observe(functools.partial(self._moved, control), "value")
-        self.pause.on_click(lambda button: self._paused(not self.controls.paused))
-        self.stop.on_click(lambda button: self._stopped())
+        self.stop.on_click(lambda button: controls.ask_stop("stop button"))
+        self.bar = widgets.FloatProgress(0.0, min=0.0, max=1.0, layout=wide)
+        self.words = widgets.HTML("loading the data", layout=widgets.Layout(min_height="4.5em"))
+        self.image = widgets.Image(value=live_picture(histories), layout=widgets.Layout(max_width="100%"))
+        rows = [self.target, self.factor], [self.pause, self.stop, self.bar]
+        self.panel.children = [*(widgets.HBox(row, layout=wrapped) for row in rows), self.words, self.image]
 
     def _moved(self, control: str, change: dict) -> None:
-        if not self.following:
-            self.controls.set(control, change["new"])
-
-    def _paused(self, paused: bool) -> None:
-        self.controls.pause(paused)
-        self.pause.description, self.pause.icon = ("Resume", "play") if paused else ("Pause", "pause")
-
-    def _stopped(self) -> None:
-        self.controls.ask_stop("stop button")
-        self.pause.disabled = self.stop.disabled = True
+        """Asks for what a slider shows, unless it only follows what is in force."""
+        new = round(change["new"], 3)
+        if self.controls.asked or new != self.controls.values[control]:
+            self.controls.set(control, new)
 
     def show(self) -> None:
+        """Shows the panel, under an id that `finish` knows: ipywidgets 7 would show a widget without one."""
         from IPython.display import display
 
-        self.image.value = LivePicture(self.monitor).draw(self.monitor)
-        view = {"model_id": self.box.model_id, "version_major": 2, "version_minor": 0}
+        view = {"model_id": self.panel.model_id, "version_major": 2, "version_minor": 0}
         shown = {"application/vnd.jupyter.widget-view+json": view, "text/plain": "the dashboard"}
-        self.handle = display(shown, raw=True, display_id=True)  # ipywidgets 7 shows a widget without its id
+        display(shown, raw=True, display_id=self.panel.model_id)
 
     def refresh(self) -> None:
         """Numbers once a second, the picture as often as its cost allows; cheap in between."""
-        now = time.monotonic()
-        if now - self.told < 1:
+        now, runs = time.monotonic(), self.histories.runs
+        if not runs or now - self.told < 1:
             return
-        self.told = now
-        self.bar.value, left = self.monitor.progress()
-        self.words.value = self._numbers(left)
-        if self.monitor.now is not self.shown:
-            self._follow(self.monitor.now)
-        due = self.drawing <= self.DRAWING * (now - self.began + 5)  # the first ones on credit
-        if self.monitor.now and self.monitor.now.latest and due:
-            self._draw()
+        self.told, changes = now, sum(len(run.changes) for run in runs)
+        if runs[-1] is not self.shown:
+            self._follow(runs[-1])
+        self.bar.value, left = self.histories.progress()
+        self.words.value = self._numbers(runs[-1], left)
+        if changes != self.changes or now >= self.due:
+            self.changes, self.image.value = changes, live_picture(self.histories)
+            spent = time.monotonic() - now
+            self.due = now + min(spent / self.share, now - self.began)  # the first ones come sooner
 
-    def _draw(self) -> None:
-        # The worker asks for Python's lock after every operation: let it have it at once, not after 5 ms.
-        patience, began = sys.getswitchinterval(), time.thread_time()
-        sys.setswitchinterval(1e-4)
-        try:
-            self.picture = self.picture or LivePicture(self.monitor)
-            self.image.value = self.picture.draw(self.monitor)
-        finally:
-            sys.setswitchinterval(patience)
-        self.drawing += time.thread_time() - began
-
-    def _follow(self, trace: Trace) -> None:
-        """A policy begins: only the gate under test can be steered, and a resumed run has its own values."""
-        self.shown, values = trace, self.controls.values
-        self.target.disabled = trace is not self.monitor.main or trace.policy == "full"
-        self.gate.disabled = trace is not self.monitor.main or trace.policy != "ast"
+    def _follow(self, run: History) -> None:
+        """A policy begins: only the first of a seed can be steered; a resumed run has values of its own."""
+        later = self.shown is not None and self.shown.seed == run.seed
+        self.target.disabled = later or run.policy == "full"
+        self.shown, values = run, self.controls.values
         if not self.controls.asked:
-            self.following = True
             self.target.value = values["target_activation"] or self.target.value
             self.factor.value = values["learning_rate_factor"]
-            self.gate.value = values["gate"] or self.gate.value
-            self.following = False
 
-    def _numbers(self, left: float | None) -> str:
-        trace = self.monitor.now
-        if trace is None or not trace.points:
-            return (
-                "loading the data" if trace is None else f"<b>{trace.policy}</b>, seed {trace.seed}: begins"
-            )
-        point, chunk = trace.points[-1], trace.latest
-        accuracy = f"{trace.rows[-1]['val_accuracy']:.2f} %" if trace.rows else "after the first epoch"
-        theta = f"θ {point.threshold:.3f}" if math.isfinite(point.threshold) else "no θ yet"
-        spent, full = trace.flops(point)
-        units = Account(0.0, trace.candidates, trace.activated)
-        saved = [f"unit energy {unit_saved(units):.1f} % (a model)"]
-        saved += [f"FLOPs {100 * (1 - spent / full):.1f} %"] if full else []
-        seconds = trace.seconds_saved()
-        saved += [] if seconds is None else [f"training time {seconds:.1f} % (at its warm-up's pace)"]
-        saved += ["joules: no sensor" if chunk.get("joules") is None else f"{chunk['joules']:.0f} J spent"]
-        after = ", then " + ", ".join(policy for policy, _ in self.monitor.left) if self.monitor.left else ""
-        state = "<b>paused</b>" if self.controls.paused else f"<b>{trace.policy}</b>, seed {trace.seed}"
-        epoch = min(trace.epochs, len(trace.rows) + 1)
-        lines = [
-            f"{state}: epoch {epoch} of {trace.epochs} ({chunk.get('phase', 'done')}){after} · "
-            f"{clock(trace.seconds)} spent{f', about {clock(left)} to go' if left else ''}",
-            f"accuracy {accuracy} · activation {point.rate:.3f}, target {point.target:.3f} · {theta}",
-            f"saved against full training: {' · '.join(saved)}",
-        ]
-        return f'<div style="line-height: 1.5; min-height: 4.5em">{"<br>".join(lines)}</div>'
+    def _numbers(self, run: History, left: float | None) -> str:
+        now, row, epoch = run.now, run.row, min(run.row.get("epoch", 0) + 1, run.epochs)
+        state = "stopping" if self.controls.stop else "paused" if self.controls.paused else run.policy
+        parts = [f"<b>{state}</b>, seed {run.seed}: epoch {epoch} of {run.epochs}"]
+        if "phase" not in now:
+            return parts[0]
+        parts += [now["phase"], f"{clock(now['seconds'])} spent"]
+        parts += [] if left is None else [f"about {clock(left)} to go"]
+        parts += [f"accuracy {row['val_accuracy']:.2f} %"] if row else []
+        parts += [f"activation {now['rate']:.3f}, target {now['target']:.3f}"]
+        parts += ["no θ" if now["threshold"] is None else f"θ {now['threshold']:.3f}"]
+        for key, words in (("energy", "unit energy saved (a model)"), ("flops", "FLOPs saved")):
+            parts += [f"{words} {100 * (1 - now[key] / now[f'{key}_of_all']):.1f} %"] if key in now else []
+        parts += ["joules: no sensor" if now["joules"] is None else f"{now['joules']:.0f} J spent"]
+        return " · ".join(parts)
 
-    def finish(self, picture: bytes | None) -> None:
-        """Puts a plain picture in the dashboard's place, since a saved notebook keeps no widgets."""
-        from IPython.display import HTML
+    def finish(self, png: bytes | None) -> None:
+        """Puts a plain picture wherever the panel is shown, since a saved notebook keeps no widgets."""
+        from IPython.display import HTML, update_display
         from IPython.display import Image as Shown
 
-        self.handle.update(Shown(picture) if picture else HTML(""))
-        rows = self.box.children
-        for widget in (self.box, *rows, *(part for row in rows for part in getattr(row, "children", ()))):
+        update_display(Shown(png) if png else HTML(""), display_id=self.panel.model_id)
+        rows, self.panel.children = self.panel.children, ()
+        for widget in (part for row in rows for part in (*getattr(row, "children", ()), row)):
             widget.close()
+
+
+def live_picture(histories: Histories) -> bytes:
+    """The panels of the dashboard; two more where there is a sensor."""
+    sensor = any(run.now.get("joules") is not None for run in histories.runs)
+    return picture(histories.runs, LIVE + ("joules", "samples") * sensor, histories.title)
 
 
 def widgets_serve() -> bool:
@@ -5705,374 +3986,184 @@ def widgets_serve() -> bool:
     return watched and kernel() is not None and importlib.util.find_spec("ipywidgets") is not None
 
 
-async def run_live(settings: object, ready: "Ready | None" = None) -> dict:
+async def run_live(settings: ASTConfig, data: ImageData | None = None, panel: object = None) -> dict:
     """As `run`, in a notebook: `summary = await run_live(settings)`, with a dashboard where widgets work.
 
-    Interrupting the cell saves and stops. Raises what the run raises, and BadInput while another run is on.
+    panel: an `ipywidgets.VBox` that may be shown already; a new one if None. Interrupting the cell saves and
+    stops. Raises what the run raises, and BadInput while another run is on.
     """
     if any(thread.name == Worker.NAME for thread in threading.enumerate()):
         raise BadInput("another run in this notebook: expected none; wait until it has saved, then run again")
-    monitor, controls, lines = Monitor(), Controls(), queue.SimpleQueue()
-    listeners = [monitor, print_table(False, lines.put)]
-    settled = settle(settings)[0]
-    panel = Dashboard(monitor, controls, settled) if widgets_serve() else None
-    if panel:
-        panel.show()
-    worker = Worker(lambda: run(settings, (), listeners, controls, lines.put, ready))
-
-    def tell() -> None:
-        while not lines.empty():
-            print(lines.get())
-        if panel and panel.works:
-            try:
-                panel.refresh()
-            except Exception as error:  # a picture that fails must not end the cell before the training
-                panel.works = False
-                print(f"the dashboard stands still from here on: {one_line(error)}")
-
+    controls, lines = Controls(), queue.SimpleQueue()
+    histories = Histories("SYNTHETIC images" if data and data.synthetic else "")
+    settled = settings_for_run(settings)
+    dashboard = live = Dashboard(panel, histories, controls, settled) if widgets_serve() else None
+    if dashboard:
+        dashboard.show()
+    listeners = [histories, print_table(False, lines.put)]
+    worker = Worker(lambda: run(settings, (), listeners, controls, lines.put, data))
     async with Pump() as pump:
-        while worker.is_alive():
+        while worker.is_alive() or not lines.empty():
             try:
                 await pump()
-                tell()
+                while not lines.empty():
+                    print(lines.get())
+                if live:
+                    try:
+                        live.refresh()
+                    except Exception as error:  # a picture that fails must not end the cell before the run
+                        live = None
+                        print(f"the dashboard stands still from here on: {one_line(error)}")
             except (KeyboardInterrupt, asyncio.CancelledError):
                 if controls.stop:  # a second time: at once
                     raise
                 controls.ask_stop("interrupt")
-    tell()
-    picture = LivePicture(monitor).draw(monitor) if monitor.traces else None
-    if panel:
-        panel.finish(picture)
-    elif picture and kernel():
-        show_png(picture)
+    png = live_picture(histories) if histories.runs else None
+    if dashboard:
+        dashboard.finish(png)
     summary = worker.result()
-    if picture:
-        write_whole(Path(summary["out"]) / "dashboard.png", picture)
+    if png:
+        write_whole(Path(summary["out"]) / "dashboard.png", png)
     return summary
 
 
-# %% Why lessons [markdown] tags=["shared"]
+# %% Lessons [markdown] tags=["shared"]
 # ### Lessons
 #
 # Pictures to look at before and after a run. Each is a function, called from a cell of its own further down,
 # so you can call it again with other values.
 
 
-# %% What lessons share tags=["shared"]
-@dataclass
-class Ready:
-    """Settings as they will run, and the data they name."""
+# %% Lessons tags=["shared", "fold"]
+# @title Lessons
+def show_png(png: bytes) -> None:
+    """Displays a PNG in a notebook."""
+    from IPython.display import Image as Shown  # a script needs no IPython
+    from IPython.display import display
 
-    settings: object
-    data: object
-
-
-def prepare(settings: object) -> Ready:
-    """Settles the settings and loads the data, once for the lessons and the run. Raises BadInput."""
-    settled = settle(settings)[0]
-    ready = Ready(settled, load_data(settled, print))
-    print(describe(ready.data))
-    return ready
+    display(Shown(png))
 
 
-def new_figure(width: float, height: float, columns: int) -> tuple[Figure, np.ndarray]:
-    """A figure of one row, inches, and its axes; to be filled under `STYLE`."""
-    figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
+def show_images(rows: dict[str, tuple[np.ndarray, list[str]]]) -> None:
+    """Rows of images, uint8 [k, side, side, 3], each row with a title, and a caption an image."""
+    with drawing():
+        figure = Figure(figsize=(9.8, 1.75 * len(rows)))
+        grid = figure.subplots(len(rows), gridspec_kw={"left": 0.01, "right": 0.99, "hspace": 0.6})
+        for axes, (title, (images, captions)) in zip(grid, rows.items(), strict=True):
+            side = images.shape[2]
+            axes.imshow(np.hstack(images))
+            axes.vlines(side * np.arange(1, len(images)), 0, side - 1, color="white", linewidth=4)
+            axes.set_xticks(side * np.arange(len(images)) + side / 2, captions)
+            axes.set(title=title, yticks=[])
+            axes.tick_params(length=0)
+            axes.spines[:].set_visible(False)
+            axes.grid(False)
+        show_png(png_of(figure))
 
 
-def show(figure: Figure, path: Path | None = None) -> None:
-    """Displays a figure in a notebook, and writes it to `path`."""
-    picture = png_of(figure)
-    show_png(picture)
-    if path:
-        write_whole(path, picture)
-
-
-def show_images(rows: dict[str, tuple[np.ndarray, list[str]]], path: Path | None = None) -> None:
-    """Rows of images, uint8 [k, H, W, 3], each row with a title and a caption an image."""
-    columns = max(len(images) for images, _ in rows.values())
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(1.05 * columns + 0.3, 1.75 * len(rows)))
-        FigureCanvasAgg(figure)
-        for part, (title, (images, captions)) in zip(
-            np.ravel(figure.subfigures(len(rows), 1)), rows.items(), strict=True
-        ):
-            part.suptitle(title, ha="left", x=0.01, fontsize=10)
-            for axes, image, caption in itertools.zip_longest(
-                part.subplots(1, columns, squeeze=False)[0], images, captions
-            ):
-                axes.axis("off")
-                if image is not None:
-                    axes.imshow(image, interpolation="nearest")
-                    axes.set_title(caption, fontsize=7.5, loc="center")
-        show(figure, path)
-
-
-# %% Lesson: significance tags=["shared"]
-def show_significance(ready: Ready, samples: int = 3000, epochs: int = 5, shown: int = 10) -> None:
+def show_significance(settings: ASTConfig, data: ImageData, samples: int = 3000, epochs: int = 5) -> None:
     """Trains briefly on some samples, and shows the most and the least significant with their scores."""
-    settings, data = ready.settings, ready.data
     some = np.random.default_rng(0).permutation(len(data.train_labels))[:samples]
     images, labels = data.train_images[some], data.train_labels[some]
-    torch.manual_seed(0)
-    settings = replace(settings, batch_size=32)  # small batches: many steps in little time
-    model = build_model(settings, len(data.classes))
-    optimizer, criterion = recipe(settings, model)
-    config = replace(ASTConfig.from_settings(settings), gate="remembered", warmup_epochs=epochs)
-    config = replace(config, ramp_epochs=0, anneal_epochs=0)
     few = {"train_images": images, "train_labels": labels}
-    few |= {"val_images": images[:100], "val_labels": labels[:100]}
-    trainer = AdaptiveSparseTrainer(
-        model,
-        *sources(settings, replace(data, **few), torch.device(settings.device)),
-        config,
-        optimizer,
-        criterion,
-        listeners=[],
-    )
-    trainer.train(epochs)
+    few = replace(data, **few, val_images=images[:100], val_labels=labels[:100])
+    settings = replace(settings, batch_size=32)  # small batches: many steps in little time
+    torch.manual_seed(0)
+    model = build_model(settings, few)
+    optimizer, criterion = recipe(settings, model)
+    config = replace(ASTConfig.of(settings), gate="remembered", ramp_epochs=0, anneal_epochs=0)
+    train, val = sources(settings, few, torch.device(settings.device))
+    trainer = AdaptiveSparseTrainer(model, train, val, config, optimizer, criterion, listeners=[])
+    trainer.train(epochs, warmup_epochs=epochs)
     scores = trainer.gate.memory.significance.numpy()
-    order = np.argsort(scores)
-
-    def row(chosen: np.ndarray) -> tuple[np.ndarray, list[str]]:
-        return images[chosen], [f"{data.classes[labels[i]][:12]}\n{scores[i]:.2f}" for i in chosen]
-
-    title = f"significant of {len(some)} training images after {epochs} passes: label, remembered loss"
-    show_images({f"Most {title}": row(order[::-1][:shown]), f"Least {title}": row(order[:shown])})
+    order, rows = np.argsort(scores), {}
+    for word, which in (("Most", order[:-11:-1]), ("Least", order[:10])):
+        title = f"{word} significant of {len(some)} images after {epochs} passes: label, remembered loss"
+        rows[title] = images[which], [f"{data.classes[labels[i]][:12]}\n{scores[i]:.2f}" for i in which]
+    show_images(rows)
 
 
-# %% Lesson: the controller tags=["shared"]
-def step_response(
-    target: float, kp: float, ki: float, lost: float, feedforward: bool, chunks: int = 90, size: int = 640
-) -> tuple[list[float], list[float]]:
-    """Activation rate and θ, chunk by chunk, when the target steps from 0.6 to `target` after a third.
+def respond(target: float, kp: float, ki: float, lost: float, feedforward: bool) -> History:
+    """What a controller does in 100 chunks, when the target steps from 0.6 to `target` after 40.
 
     lost: share of the activated that come back without a finite loss, which no solve can know.
     """
     config = ASTConfig(feedforward=feedforward, adapt_kp=kp, adapt_ki=ki)
-    controller, phase = Controller(config), 0.5
+    controller, phase, size = Controller(config), 0.5, 640
     controller.KP, controller.KI = kp, ki
     generator = torch.Generator().manual_seed(0)
-    rates, thresholds = [], []
-    for chunk in range(chunks):
-        a = target if chunk >= chunks // 3 else 0.6
+    history = History("solve and PI" if feedforward else "PI alone", 0, 5, [], [])
+    for chunk in range(100):
+        a = target if chunk >= 40 else 0.6
         u = torch.rand(size, generator=generator)
         solved = solve_threshold(u, a * size, a, config.temperature)
         theta = controller.threshold(solved, threshold_slope(u, solved, a, config.temperature))
         taken, phase = systematic(activation_probability(u, theta, a, config.temperature), phase)
         controller.lost = int((torch.rand(len(taken), generator=generator) < lost).sum())
-        rates.append((len(taken) - controller.lost) / size)
-        thresholds.append(theta)
+        back = len(taken) - controller.lost
         controller.update(len(taken), size, a, exact=feedforward)
-    return rates, thresholds
+        history.now = history.after(size, back, target=a, threshold=theta, epochs=(chunk + 1) / 20)
+        history.points.append(history.now)
+    return history
 
 
-def draw_response(target: float = 0.2, kp: float = 0.5, ki: float = 0.2, lost: float = 0.0) -> Figure:
-    """The step responses of the solve with PI, and of PI alone."""
-    with matplotlib.rc_context(STYLE):
-        figure, (left, right) = new_figure(9.6, 3.2, 2)
-        for feedforward, colour, name in ((False, "#0072b2", "PI alone"), (True, "#d55e00", "solve and PI")):
-            rates, thresholds = step_response(target, kp, ki, lost, feedforward)
-            left.plot(rates, color=colour, label=name)
-            right.plot(thresholds, color=colour, label=name)
-        left.step(
-            [0, 30, 89], [0.6, target, target], where="post", color="black", linestyle=":", label="target"
-        )
-        left.set(
-            title="Activation rate, lost samples taken off", xlabel="chunks", ylabel="activated / candidates"
-        )
-        left.set_ylim(0, 1.04)
-        left.legend(loc="upper left", frameon=False, handlelength=1.2, borderaxespad=0.1, fontsize=8)
-        right.set(title="Threshold", xlabel="chunks", ylabel="θ (rank of the significance)")
-        figure.canvas.draw()
-    return figure
+def show_response(target: float = 0.2, kp: float = 0.5, ki: float = 0.2, lost: float = 0.0) -> None:
+    """The step responses of the solve with PI, and of PI alone, lost samples taken off."""
+    histories = [respond(target, kp, ki, lost, feedforward) for feedforward in (True, False)]
+    show_png(picture(histories, ("rate", "threshold")))
 
 
 def playground() -> None:
     """Sliders for the controller; without widgets, one picture with its defaults."""
     if not widgets_serve():
-        show(draw_response())
-        return
-    import ipywidgets as widgets
-    from IPython.display import display
+        return show_response()
+    import ipywidgets
 
-    image = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
-    spans = {
-        "target": (0.2, 0.02, 1.0),
-        "kp": (0.5, 0.0, 2.0),
-        "ki": (0.2, 0.0, 1.0),
-        "lost": (0.0, 0.0, 0.5),
-    }
-    sliders = {
-        name: widgets.FloatSlider(value=value, min=low, max=high, step=0.02, description=name)
-        for name, (value, low, high) in spans.items()
-    }
-
-    def draw(change: object = None) -> None:
-        image.value = png_of(draw_response(**{name: slider.value for name, slider in sliders.items()}))
-
-    for slider in sliders.values():
-        slider.observe(draw, "value")
-    draw()
-    pairs = list(sliders.values())
-    display(widgets.VBox([widgets.HBox(pairs[:2]), widgets.HBox(pairs[2:]), image]))
+    spans = {"target": (0.02, 1, 0.02), "kp": (0, 2, 0.02), "ki": (0, 1, 0.02), "lost": (0, 0.5, 0.02)}
+    ipywidgets.interact(show_response, **spans)
 
 
-# %% Lessons: what it cost tags=["shared"]
-def first_seed(summary: dict) -> dict[str, list[dict]]:
-    """The rows of metrics.jsonl of the first seed, by policy."""
-    lines = (Path(summary["out"]) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [row for row in map(json.loads, lines) if row["seed"] == summary["seeds"][0]]
-    return {
-        policy: found
-        for policy in summary["policies"]
-        if (found := [r for r in rows if r["policy"] == policy])
-    }
+def show_results(summary: dict) -> None:
+    """What was measured, and the curves."""
+    print(report(summary))
+    path = Path(summary["out"]) / "curves.png"
+    if path.exists():
+        show_png(path.read_bytes())
+    else:
+        print("no epoch was finished, so there is no curve")
 
 
-def show_costs(summary: dict) -> None:
-    """Accuracy of every policy over samples, seconds and unit energy."""
-    by_policy = first_seed(summary)
-    if not by_policy:
-        print("no epoch was finished, so there is nothing to compare")
-        return
-    with matplotlib.rc_context(STYLE):
-        figure, axes = new_figure(12, 3.6, 3)
-        for policy, rows in by_policy.items():
-            activated = np.cumsum([row["activated"] for row in rows])
-            candidates = np.cumsum([row["candidates"] for row in rows])
-            units = UNIT_ACTIVATED * activated + UNIT_SKIPPED * (candidates - activated)
-            seconds = [row["elapsed_seconds"] for row in rows]
-            for panel, x in zip(axes, (1e-3 * activated, seconds, 1e-3 * units), strict=True):
-                panel.plot(x, [row["val_accuracy"] for row in rows], ".-", color=COLOURS.get(policy, "black"))
-        labels = ("thousand samples trained on", "seconds", "thousand units of energy (a model)")
-        titles = ("Accuracy over samples", "Accuracy over seconds, measured", "Accuracy over unit energy")
-        for panel, label, title in zip(axes, labels, titles, strict=True):
-            panel.set(xlabel=label, ylabel="validation accuracy (%)", title=title)
-            label_ends(panel, [{"policy": p, "epochs": rows} for p, rows in by_policy.items()])
-        show(figure, Path(summary["out"]) / "costs.png")
+def show_chosen(summary: dict, data: ImageData) -> None:
+    """The classes and images that the gate chose most and least often.
 
-
-def show_table(summary: dict) -> None:
-    """What was measured, a row a policy."""
-    from IPython.display import Markdown, display
-
-    head = [
-        "policy",
-        "accuracy (%)",
-        "activated (%)",
-        "training (s)",
-        "total (s)",
-        "TFLOPs",
-        "unit energy (thousand)",
-    ]
-    lines = [" | ".join([*head, "joules"]), " | ".join(["---"] * (len(head) + 1))]
-    for name, p in summary["policies"].items():
-        joules = "-" if p["joules"] is None else f"{p['joules']:.0f}"
-        numbers = p["train_seconds"], p["total_seconds"], p["flops"] / 1e12, p["unit_energy"] / 1e3
-        accuracy = "-" if p["final_accuracy"] is None else f"{p['final_accuracy']:.2f}"
-        cells = [name, accuracy, f"{100 * p['activation_rate']:.1f}", *(f"{x:.1f}" for x in numbers), joules]
-        lines.append(" | ".join(cells))
-    print(report(summary).split("\n\n", 1)[-1])
-    print("joules:", *{p["joules_method"] for p in summary["policies"].values()})
-    display(Markdown("\n".join(lines)))
-
-
-# %% Lessons: what was chosen tags=["shared"]
-def chosen(summary: dict, ready: Ready) -> tuple[np.ndarray, int]:
-    """How often each sample was activated in gated epochs, int16 [n], and the number of those epochs.
-
-    Raises BadInput where `ready` holds other data than the run had.
+    Raises BadInput where `data` is not what the run trained on.
     """
-    path, n = Path(summary["out"]) / "samples.npz", len(ready.data.train_labels)
-    if not path.exists():  # stopped before any training
-        return np.zeros(n, np.int16), 0
-    times = np.load(path)["times_activated"]
-    if len(times) != n:
-        raise BadInput(f"{n} samples: expected the {len(times)} of the run; call prepare(settings) again")
-    rows = next(iter(first_seed(summary).values()), [])
-    return times, max(sum(row["target_activation"] < 1 for row in rows), int(times.max()))
-
-
-def show_classes(summary: dict, ready: Ready, most: int = 20) -> None:
-    """How often the samples of each class were activated; of many classes, the extremes."""
-    times, epochs = chosen(summary, ready)
-    if not epochs:
-        print("no epoch with a gate was begun, so nothing was chosen")
-        return
-    labels, names = ready.data.train_labels, ready.data.classes
-    share = (
-        np.bincount(labels, times, len(names))
-        / np.maximum(1, np.bincount(labels, minlength=len(names)))
-        / epochs
-    )
-    order = np.argsort(share)
-    if len(order) > most:
-        order = np.concatenate([order[: most // 2], order[-most // 2 :]])
-    with matplotlib.rc_context(STYLE):
-        figure, (axes,) = new_figure(7.5, 1.2 + 0.24 * len(order), 1)
-        axes.barh(range(len(order)), share[order], color=COLOURS["ast"], height=0.65)
-        axes.set_yticks(range(len(order)), [names[i][:24] for i in order])
-        axes.axvline(times.mean() / epochs, color="black", linestyle=":")
-        axes.text(times.mean() / epochs, len(order) - 0.45, "all classes", ha="center", fontsize=8)
-        axes.set(
-            title=f"Activation by class, {epochs} epochs with a gate", xlabel="share of its samples, an epoch"
+    path, labels, names = Path(summary["out"]) / "samples.npz", data.train_labels, data.classes
+    times = np.load(path)["times_activated"] if path.exists() else np.zeros(len(labels), np.int16)
+    if len(times) != len(labels):
+        raise BadInput(
+            f"{len(labels)} samples: expected the run's {len(times)}; call prepare(settings) again"
         )
-        axes.grid(axis="y", visible=False)
-        show(figure, Path(summary["out"]) / "classes.png")
-
-
-def show_memory(summary: dict) -> None:
-    """Quantiles of the remembered significance, epoch by epoch, with the threshold on the same scale."""
-    rows = next(iter(first_seed(summary).values()), [])
-    known = [row for row in rows if row["significance_quantiles"]]
-    if not known:
-        print("this gate remembers no significance, or no epoch was finished")
-        return
-    grid = np.full((21, len(rows)), np.nan)
-    for row in known:
-        grid[:, row["epoch"] - 1] = row["significance_quantiles"]
-    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
-        figure, (axes,) = new_figure(9, 3.6, 1)
-        span = (0.5, len(rows) + 0.5, -0.025, 1.025)
-        norm = matplotlib.colors.PowerNorm(0.5, vmin=np.nanmin(grid), vmax=np.nanquantile(grid, 0.98))
-        image = axes.imshow(grid, origin="lower", aspect="auto", extent=span, cmap="cividis", norm=norm)
-        figure.colorbar(image, label="significance", extend="max")
-        thetas = [math.nan if row["threshold"] is None else row["threshold"] for row in rows]
-        line = {"path_effects": [matplotlib.patheffects.withStroke(linewidth=4, foreground="black")]}
-        axes.plot([row["epoch"] for row in rows], thetas, "o-", color="white", **line)
-        whole_epochs = matplotlib.ticker.MaxNLocator(integer=True, min_n_ticks=1)
-        axes.xaxis.set_major_locator(whole_epochs)
-        low, high = np.nanmin([*thetas, 0.0]) - 0.04, np.nanmax([*thetas, 1.0]) + 0.04
-        axes.set(xlabel="epoch", ylabel="rank of the sample", xlim=span[:2], ylim=(low, high))
-        axes.set_title("Significance by rank, and the threshold θ (white)")
-        show(figure, Path(summary["out"]) / "significance.png")
-
-
-def show_chosen(summary: dict, ready: Ready, shown: int = 10) -> None:
-    """Images that the gate chose least and most often."""
-    times, epochs = chosen(summary, ready)
-    if not epochs:
-        print("no epoch with a gate was begun, so nothing was chosen")
-        return
-    data, rows = ready.data, {}
-    for word, count in (("least", int(times.min())), ("most", int(times.max()))):
+    if not times.any():
+        return print("no epoch with a gate was begun, so nothing was chosen")
+    means = np.bincount(labels, times) / np.bincount(labels).clip(1)
+    order, rows = np.argsort(means)[::-1], {}
+    for word, classes, count in (("most", order[:5], times.max()), ("least", order[-5:], times.min())):
+        print(f"classes chosen {word}:", ", ".join(f"{names[c]} {means[c]:.1f} times" for c in classes))
         same = np.flatnonzero(times == count)
-        some = np.sort(np.random.default_rng(0).permutation(same)[:shown])
-        title = f"Chosen {word}: in {count} of {epochs} epochs ({len(same)} images, {len(some)} shown)"
-        rows[title] = data.train_images[some], [data.classes[data.train_labels[i]][:12] for i in some]
-    show_images(rows, Path(summary["out"]) / "chosen.png")
+        some = np.sort(np.random.default_rng(0).permutation(same)[:10])
+        title = f"Images chosen {word}: {count} times ({len(same)} images, {len(some)} shown)"
+        rows[title] = data.train_images[some], [names[c][:12] for c in labels[some]]
+    show_images(rows)
 
 
-# %% Look before you train [markdown]
+# %% Look before you train [markdown] tags=["shared"]
 # ## Look before you train
 #
-# First the data that the settings name: the lessons and the run share it.
+# First the settings as they will run, and the data that they name: the lessons and the run share them.
 
-# %% Load the data tags=["active-ipynb"]
-# ready = prepare(settings)
+# %% Look before you train tags=["shared", "active-ipynb"]
+# settings, data = prepare(settings)
 
 # %% What significance looks like [markdown]
 # ### What significance looks like
@@ -6082,88 +4173,53 @@ def show_chosen(summary: dict, ready: Ready, shown: int = 10) -> None:
 # alone does not say whether a sample teaches something.
 
 # %% What significance looks like tags=["active-ipynb"]
-# show_significance(ready, samples=1000, epochs=3)
+# show_significance(settings, data, samples=1000, epochs=3)
 
-# %% Play with the controller [markdown]
+# %% Was there anything left to learn? [markdown]
+# ### The linear probe
+#
+# Everything frozen, only a new last layer trained, on features computed once: minutes for ImageNet-100. See
+# how near it comes to the fine-tuned model: where it does, fine-tuning bought little, whoever selected its
+# samples. `--probe-first` begins with that layer.
+
+# %% The linear probe, measured tags=["active-ipynb"]
+# show_probe(settings, data)
+
+# %% Play with the controller [markdown] tags=["shared"]
 # ### Play with the controller
 #
-# No training here: only the loop that holds the activation rate. See in it that with the solve the rate
-# meets a new target at once; that PI alone creeps there, and overshoots where `ki` is large and `kp` 0; and
-# that losing samples (`lost`) bends the rate only until the integral has answered.
+# Nothing is trained here: see that with the solve the rate meets a new target at once where PI alone creeps
+# there, and that losing samples (`lost`) bends the rate only until the integral has answered.
 
-# %% Play with the controller tags=["active-ipynb"]
+# %% Play with the controller tags=["shared", "active-ipynb"]
 # playground()
 
-# %% Run [markdown]
+# %% Run [markdown] tags=["shared"]
 # ## Run
 #
 # The same call in both forms: a script reads flags and sets an exit status, a notebook takes the settings
-# cell. In a notebook, drag *target activation* and watch the rate follow at once and the energy bend; *stop
-# and save*, or interrupting the cell, keeps what there is, and the cells below show it.
+# above. Interrupting the cell, or *stop and save*, keeps what there is, and the cells below show it.
 
-# %% Run as a script tags=["active-py"]
+# %% Run as a script tags=["shared", "active-py"]
 if __name__ == "__main__":
     sys.exit(main())
 
-# %% Run in a notebook tags=["active-ipynb"]
-# summary = await run_live(settings, ready)
+# %% Run in a notebook tags=["shared", "active-ipynb"]
+# summary = await run_live(settings, data, panel)
 
-# %% What came out [markdown]
+# %% What came out [markdown] tags=["shared"]
 # ## What came out
 #
-# The table of what was measured: AST saved only what its own seconds say beside those of `full`, and choosing
-# was worth only what it is ahead of `random`.
+# See the order of the policies change with what one counts: a rule that wins over samples may lose over
+# seconds, unit energy is a model, and choosing was worth only what it is ahead of `random`.
 
-# %% What came out tags=["active-ipynb"]
-# show_table(summary)
+# %% What came out tags=["shared", "active-ipynb"]
+# show_results(summary)
 
-# %% The picture [markdown]
-# `curves.png`, also in the output folder: see the activation rate sit on its target, and what of the run was
-# really training.
-
-
-# %% The picture
-def show_curves(summary: dict) -> None:
-    """Shows a run's curves.png in a notebook."""
-    path = Path(summary["out"]) / "curves.png"
-    if path.exists():
-        show_png(path.read_bytes())
-    else:
-        print("no epoch was finished, so there is no curve")
-
-
-# %% The curves tags=["active-ipynb"]
-# show_curves(summary)
-
-# %% Over samples, seconds, energy [markdown]
-# ### The same accuracy over three costs
+# %% What was chosen [markdown] tags=["shared"]
+# ### What was chosen
 #
-# See how the order of the policies changes with what one counts: a rule that wins over samples may lose over
-# seconds, and unit energy is a model.
+# See what the gate thinks is learned, and what it keeps coming back to: hard classes, and wrong labels.
 
-# %% Over samples, seconds, energy tags=["active-ipynb"]
-# show_costs(summary)
-
-# %% Which classes [markdown]
-# ### Which classes were trained on
-#
-# See which classes the gate finds hard: they are activated more often than the dotted average.
-
-# %% Which classes tags=["active-ipynb"]
-# show_classes(summary, ready)
-
-# %% Significance over the epochs [markdown]
-# ### Significance over the epochs
-#
-# See the colours fade as the losses fall, while θ, on the scale of ranks, keeps its meaning.
-
-# %% Significance over the epochs tags=["active-ipynb"]
-# show_memory(summary)
-
-# %% Never and always [markdown]
-# ### Never chosen, always chosen
-#
-# See what the gate thinks is learned, and what it keeps coming back to, wrong labels among them.
-
-# %% Never and always tags=["active-ipynb"]
-# show_chosen(summary, ready)
+# %% What was chosen tags=["shared", "active-ipynb"]
+# show_chosen(summary, data)
