@@ -1,7 +1,7 @@
-"""Measures what the kit must reach, as ratios within one process, and writes benchmarks/results/<name>.json.
+"""Measures what the kit must reach, as ratios within one process, and keeps a line of results/bars.jsonl.
 
     python benchmarks/bars.py engine feed device control gate dashboard --data path/to/cifar10
-    python benchmarks/bars.py notebook ledger                            # the notebook, unattended; FLOPs
+    python benchmarks/bars.py ledger                                     # FLOPs
     python benchmarks/bars.py accuracy speed --data path/to/cifar10      # an hour on two cores; resumable
 
 Run it on an otherwise idle machine. `accuracy` and `speed` need real CIFAR-10; the others time or count and
@@ -14,14 +14,14 @@ import contextlib
 import itertools
 import json
 import math
-import os
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import books
 import numpy as np
 import torch
 
@@ -29,7 +29,6 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "standalone"))
 import cifar10_ast as ast  # noqa: E402  (the program that ships, not a copy)
 
-RESULTS = ROOT / "benchmarks" / "results"
 CPU = torch.device("cpu")
 ORIGINAL_ACCURACY = 61.2  # percent, the original report's simple_cnn after 40 epochs and 628 s on a P100
 BUDGET = {"epochs": 40, "warmup_epochs": 1, "ramp_epochs": 0, "anneal_epochs": 0, "target_activation": 0.081}
@@ -42,16 +41,16 @@ def trainer(
     **values: object,
 ) -> ast.AdaptiveSparseTrainer:
     """A trainer of the program's own model and recipe, silent; `values` are settings."""
-    settings, _ = ast.let_device_decide(ast.replace(ast.Settings(), device="cpu", **values))
+    settings = ast.fill_defaults(ast.Settings(device="cpu", **values))
     torch.manual_seed(0)
-    network = model(ast.build_model(settings, 10))
+    network = model(ast.build_model(settings, data))
     optimizer, criterion = ast.recipe(settings, network)
     size = settings.batch_size
     return ast.AdaptiveSparseTrainer(
         network,
         source(data.train_images, data.train_labels, CPU, size, ast.augment),
         ast.ArraySource(data.val_images[:500], data.val_labels[:500], CPU, size, ast.plain_view),
-        ast.ASTConfig.from_settings(settings),
+        ast.ASTConfig.of(settings),
         optimizer,
         criterion,
         listeners=[],
@@ -95,12 +94,12 @@ def engine(data: ast.ImageData, rounds: int = 5) -> dict:
 class HeldSource(ast.ArraySource):
     """Gives the first batch of views again and again: steps without a feed."""
 
-    def stream(self, batches):
+    def stream(self, batches: Iterable[tuple]) -> Iterator[ast.Batch]:
         held = None
-        for indices in batches:
-            if held is None or len(held[1]) != len(indices):  # once, and once more for the short last batch
-                _, *held = next(super().stream([indices]))
-            yield indices, *held
+        for indices, weights in batches:
+            if held is None or len(held) != len(indices):  # once, and once more for the short last batch
+                held = next(super().stream([(indices, weights)]))
+            yield replace(held, indices=indices, weights=weights)
 
 
 def feed(data: ast.ImageData, rounds: int = 4) -> dict:
@@ -117,9 +116,9 @@ def device(data: ast.ImageData, rounds: int = 3) -> dict:
     auto, plain = [], []
 
     class ContiguousSource(ast.ArraySource):
-        def stream(self, batches):
-            for indices, images, labels in super().stream(batches):
-                yield indices, images.contiguous(), labels
+        def stream(self, batches: Iterable[tuple]) -> Iterator[ast.Batch]:
+            for batch in super().stream(batches):
+                yield replace(batch, images=batch.images.contiguous())
 
     def contiguous(network: torch.nn.Module) -> torch.nn.Module:
         return network.to(memory_format=torch.contiguous_format)
@@ -128,7 +127,7 @@ def device(data: ast.ImageData, rounds: int = 3) -> dict:
         auto += phase_seconds(trainer(data, gate="full", **SPARSE).train(epochs=2), "sparse")
         run = trainer(data, ContiguousSource, contiguous, gate="full", amp="off", **SPARSE)
         plain += phase_seconds(run.train(epochs=2), "sparse")
-    amp = ast.let_device_decide(ast.replace(ast.Settings(), device="cpu"))[0].amp
+    amp = ast.fill_defaults(ast.Settings(device="cpu")).amp
     return {
         "amp": amp,
         "times_faster": statistics.median(plain) / statistics.median(auto),
@@ -138,7 +137,7 @@ def device(data: ast.ImageData, rounds: int = 3) -> dict:
 
 def control(data: ast.ImageData) -> dict:
     """Realised rates: every sparse epoch, steps of the target, and a tenth of the activated lost."""
-    small = ast.replace(data, train_images=data.train_images[:8000], train_labels=data.train_labels[:8000])
+    small = replace(data, train_images=data.train_images[:8000], train_labels=data.train_labels[:8000])
     worst = 0.0
     for target in (0.05, 0.1, 0.2, 0.4, 0.8):
         rows = trainer(small, target_activation=target, **SPARSE).train(epochs=4)["epochs"][1:]
@@ -225,16 +224,16 @@ def dashboard(data: ast.ImageData, seconds: float = 140.0) -> dict:
     """
     found = {}
     threads = torch.get_num_threads()
-    few = ast.replace(data, train_images=data.train_images[:5000], train_labels=data.train_labels[:5000])
+    few = replace(data, train_images=data.train_images[:5000], train_labels=data.train_labels[:5000])
     for name, count in (("every_core", threads), ("a_core_free", max(1, threads - 1))):
         torch.set_num_threads(count)
-        panel, times = watched_by_turns(few, seconds)
+        picture, pictures, times = watched_by_turns(few, seconds)
         found[name] = {
             "ratio": statistics.median(times[True]) / statistics.median(times[False]),
             "ratio_of_means": statistics.mean(times[True]) / statistics.mean(times[False]),
             "seconds_of_four_epochs": {"with": times[True], "without": times[False]},
-            "picture_bytes": len(panel.image.value),
-            "pictures_per_second": panel.pictures / sum(times[True]),
+            "picture_bytes": len(picture),
+            "pictures_per_second": pictures / sum(times[True]),
         }
     torch.set_num_threads(threads)
     return found | {
@@ -243,24 +242,21 @@ def dashboard(data: ast.ImageData, seconds: float = 140.0) -> dict:
     }
 
 
-class CountedDashboard(ast.Dashboard):
-    pictures = 0
-
-    def _draw(self):
-        self.pictures += 1
-        super()._draw()
-
-
-def watched_by_turns(data: ast.ImageData, seconds: float) -> tuple[CountedDashboard, dict[bool, list[float]]]:
+def watched_by_turns(data: ast.ImageData, seconds: float) -> tuple[bytes, int, dict[bool, list[float]]]:
     """Trains on everything in a worker, four epochs with the dashboard, four without, for so many seconds.
 
-    Short turns in one run, since the machine's own speed drifts by more than what is measured.
+    Returns the last picture, how many there were, and the seconds of four epochs with and without. Short
+    turns in one run, since the machine's own speed drifts by more than what is measured.
     """
+    import ipywidgets
+
     run = trainer(data, gate="full", **SPARSE)
-    monitor, controls = ast.Monitor(), run.controls
-    panel = CountedDashboard(monitor, controls, ast.Settings())
+    histories, controls = ast.Histories(), run.controls
+    panel = ast.Dashboard(ipywidgets.VBox(), histories, controls, ast.Settings())
     rows: list[float] = []
-    run.listeners = [monitor, lambda event, row: rows.append(row["seconds"]) if event == "epoch" else None]
+    pictures: list[dict] = []
+    panel.image.observe(pictures.append, "value")
+    run.listeners = [histories, lambda event, row: rows.append(row["seconds"]) if event == "epoch" else None]
     controls.deadline = time.monotonic() + seconds
     worker = ast.Worker(lambda: run.train(epochs=4000))
 
@@ -271,53 +267,14 @@ def watched_by_turns(data: ast.ImageData, seconds: float) -> tuple[CountedDashbo
                 await turn()
                 if len(rows) // 4 % 2:
                     panel.refresh()
-                else:
-                    panel.began += (
-                        time.monotonic() - began
-                    )  # no share of this time may be saved up for drawing
+                else:  # no share of this time may be saved up for drawing
+                    panel.began += time.monotonic() - began
 
     asyncio.run(pump())
     worker.result()
     whole = range(2, len(rows) // 4)  # the first turn of each warms up
-    return panel, {on: [sum(rows[4 * i : 4 * i + 4]) for i in whole if i % 2 == on] for on in (True, False)}
-
-
-def notebook() -> dict:
-    """Seconds of the whole notebook, run by nobody on `shapes`, and until its dashboard first moves."""
-    import nbformat
-    from nbclient import NotebookClient
-
-    pictures: list[tuple[float, int]] = []  # when the dashboard sent one, and its bytes
-    started: list[float] = []  # when the run cell did
-
-    class Watched(NotebookClient):
-        def process_message(self, message, cell, index):
-            if cell.metadata.get("title") == "Run in a notebook":
-                started.append(time.monotonic())
-                if message["msg_type"] == "comm_msg" and message["buffers"]:
-                    pictures.append((time.monotonic(), len(message["buffers"][0])))
-            return super().process_message(message, cell, index)
-
-    path = ROOT / "notebooks" / "cifar10_ast.ipynb"
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["AST_DATA"] = "shapes"
-        client = Watched(nbformat.read(path, as_version=4), resources={"metadata": {"path": folder}})
-        began = time.monotonic()
-        client.execute()
-        seconds = time.monotonic() - began
-        del os.environ["AST_DATA"]
-    times = [at for at, _ in pictures]
-    between = [later - before for before, later in itertools.pairwise(times)]
-    return {
-        "dataset": "shapes",
-        "synthetic": True,
-        "seconds": seconds,
-        "seconds_until_it_moves": times[1] - started[0],  # the first picture is of empty panels
-        "pictures": len(times),
-        "seconds_between_pictures": {"least": min(between), "median": statistics.median(between)},
-        "largest_picture_bytes": max(size for _, size in pictures),
-        "reach": "at most 180 s; 10 s; 1 picture a second; 100 kB",
-    }
+    times = {on: [sum(rows[4 * i : 4 * i + 4]) for i in whole if i % 2 == on] for on in (True, False)}
+    return panel.image.value, len(pictures), times
 
 
 def conv(side: int, inputs: int, outputs: int, kernel: int = 3) -> float:
@@ -355,9 +312,9 @@ def ledger() -> dict:
     for name, (model, side, layers) in by_hand().items():
         expected = {"forward": sum(layers), "training": 3 * sum(layers) - layers[0]}
         for mode, flops in expected.items():
-            counted, _ = ast.flops_per_sample(
+            counted = ast.flops_per_sample(
                 model, torch.zeros(2, 3, side, side), mode == "training", contextlib.nullcontext
-            )
+            )[0]
             ratios[f"{name} {mode}"] = counted / flops
     return {"counted_by_hand": ratios, "reach": "0.99 to 1.01"}
 
@@ -366,8 +323,7 @@ def accuracy(data_path: str, seeds: str) -> dict:
     """Final accuracy at a mean activation of 0.104, beside random selection of as many samples and plain
     training of the fewest epochs that are not fewer samples."""
     out = str(ROOT / "runs" / "bars-accuracy")
-    settings = ast.replace(
-        ast.Settings(),
+    settings = ast.Settings(
         data=data_path,
         device="cpu",
         compare="random",
@@ -376,15 +332,14 @@ def accuracy(data_path: str, seeds: str) -> dict:
         batch_size=64,
         **BUDGET,
     )
-    summary = ast.run(ast.replace(settings, resume=(Path(out) / "config.json").exists()))
+    summary = ast.run(replace(settings, resume=(Path(out) / "config.json").exists()))
     ours, random = summary["policies"]["ast"], summary["policies"]["random"]
     epochs = math.ceil(BUDGET["epochs"] * ours["activation_rate"])
-    plain = ast.replace(settings, gate="full", compare="none", epochs=epochs, out=f"{out}-short")
-    plain = ast.run(ast.replace(plain, resume=(Path(plain.out) / "config.json").exists()))
+    plain = replace(settings, gate="full", compare="none", epochs=epochs, out=f"{out}-short")
+    plain = ast.run(replace(plain, resume=(Path(plain.out) / "config.json").exists()))
     short = plain["policies"]["full"]
     return {
         "settings": BUDGET | {"batch_size": 64},
-        "weight_gamma": settings.weight_gamma,
         "accuracy_per_seed": {
             "ast": ours["accuracy_per_seed"],
             "random": random["accuracy_per_seed"],
@@ -404,9 +359,7 @@ def accuracy(data_path: str, seeds: str) -> dict:
 def speed(data_path: str) -> dict:
     """Seconds from the start of training to the original report's accuracy, evaluation included."""
     out = str(ROOT / "runs" / "bars-speed")
-    settings = ast.replace(
-        ast.Settings(), data=data_path, device="cpu", epochs=2, compare="full", out=out, batch_size=64
-    )
+    settings = ast.Settings(data=data_path, device="cpu", epochs=2, compare="full", out=out, batch_size=64)
     ast.run(settings)
     rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     reached = {}
@@ -426,7 +379,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("measures", nargs="+", choices=[*measures, "notebook", "ledger", "accuracy", "speed"])
+    parser.add_argument("measures", nargs="+", choices=[*measures, "ledger", "accuracy", "speed"])
     parser.add_argument("--data", default="shapes", help="shapes, cifar10 or a path")
     parser.add_argument("--seeds", default="0,1,2")
     options = parser.parse_args()
@@ -434,23 +387,20 @@ def main() -> None:
     data = None
     for name in options.measures:
         if name in measures:
-            data = data or ast.load_data(
-                ast.let_device_decide(ast.replace(ast.Settings(), data=options.data))[0], print
-            )
+            data = data or ast.load_data(ast.fill_defaults(ast.Settings(data=options.data)), print)
             found = measures[name](data) | {"dataset": data.name, "synthetic": data.synthetic}
-        elif name in ("notebook", "ledger"):
-            found = {"notebook": notebook, "ledger": ledger}[name]()
+        elif name == "ledger":
+            found = ledger()
         else:
             found = accuracy(options.data, options.seeds) if name == "accuracy" else speed(options.data)
         record(name, found)
 
 
 def record(name: str, found: dict) -> None:
-    """Writes a result with the machine and the day, and prints it."""
+    """Adds a result with the machine and the day to the file, where the last of a name counts; prints it."""
     found |= {"machine": ast.device_name("cpu"), "torch": torch.__version__, "numpy": np.__version__}
     found["date"] = time.strftime("%Y-%m-%d")
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
+    books.measured(name, found)
     print(name, json.dumps(found, indent=2))
 
 

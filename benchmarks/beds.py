@@ -20,6 +20,15 @@ FRAMES = 20  # of each filmed image, itself among them
 SPLIT = 2026  # seed of every draw that defines a bed; runs have seeds of their own
 
 
+@dataclass
+class Settings(ast.Settings):
+    """The program's settings, and what only the benchmarks turn."""
+
+    label_smoothing: float = ast.option(0.0, "[0, 1)", "of the compact network's recipe")
+    weight_gamma: float = ast.option(0.0, "[0, 1]", "γ of the weights (p/a)^-γ; 1 is unbiased")
+    score_scale: float = ast.option(1.0, "(0, 1]", "share of the side at which `live` scores its views")
+
+
 @dataclass(frozen=True)
 class Bed:
     """Data, model and length of one comparison."""
@@ -32,7 +41,7 @@ class Bed:
     wrong: float = 0.0  # share of the training labels replaced by another class
     filmed: float = 0.0  # share of the training images that come as FRAMES frames each
     pretrained: bool = False  # begin with weights trained on the other classes
-    shipped: bool = False  # the program's own model and recipe, not the compact network
+    shipped: bool = False  # the program's own `resnet` and recipe, not the compact network
     settings: dict = field(default_factory=dict)
 
     def split(self, data: ast.ImageData, held_out: bool) -> "Split":
@@ -104,7 +113,7 @@ def film(split: Split, share: float, generator: torch.Generator) -> Split:
 
 
 # Tuned for plain training on held-out images, also for `short` (docs/search.md); for all policies alike.
-RECIPE = {"label_smoothing": 0.0, "lr": 0.1, "batch_size": 32, "weight_decay": 4e-4}
+RECIPE = {"lr": 0.1, "batch_size": 32, "weight_decay": 4e-4}
 ON_GPU = {"device": "cuda", "model": "resnet", "batch_size": 512, "lr": 0.56}
 APART = (1, 6, 7, 8)  # automobile, frog, horse, ship
 BEDS: dict[str, Bed] = {

@@ -6,15 +6,10 @@ test-time augmentation. The momentum of batch norm is scaled to the batch: airbe
 makes running statistics of some eighty samples, whose noise in evaluation hides what a rule does.
 """
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import torch
+from beds import Settings, ast
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "standalone"))
-import cifar10_ast as ast
 
 MOMENTUM = 0.85
 NORM_MOMENTUM = 0.4 / 1024  # a sample, airbench's: of the running statistics, which evaluation uses
@@ -81,7 +76,7 @@ def whitening(images: np.ndarray) -> nn.Conv2d:
     return conv
 
 
-def recipe(settings: ast.Settings, model: nn.Module) -> tuple[torch.optim.Optimizer, nn.Module]:
+def recipe(settings: Settings, model: nn.Module) -> tuple[torch.optim.Optimizer, nn.Module]:
     """SGD with Nesterov momentum; the biases of norms learn faster."""
     biases = [
         p for n, p in model.named_parameters() if p.requires_grad and n.endswith("bias") and "body" in n

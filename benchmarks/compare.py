@@ -1,4 +1,4 @@
-"""Trains every policy on a test bed, seed by seed, and keeps each finished run as a JSON file.
+"""Trains policies on a test bed, seed by seed, and keeps each finished run as a line of results/<bed>.jsonl.
 
     python benchmarks/compare.py --quick --data path/to/cifar10               # ten minutes on two cores
     python benchmarks/compare.py --full --data path/to/cifar10                # the headline rows: hours
@@ -22,19 +22,20 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+import books
 import rules
 import torch
-from beds import BEDS, Bed, Split, ast
+from beds import BEDS, Bed, Settings, Split, ast
 from compact import compact, recipe
-from evidence import half_width, table
+from evidence import JUDGES, half_width, load, table
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 GROUND = ("beds.py", "compact.py", "rules.py", "compare.py")
-RESULTS = ROOT / "benchmarks" / "results" / "compare"
+EDITION = 2  # of the program; what the first one gave counts beside it, since its golden runs are unchanged
 AT_LEAST, AT_MOST = 5, 20  # seeds of the headline rows
 ENOUGH = 0.15  # points, the half-width of a paired interval at which no more seeds are added
 
@@ -44,16 +45,37 @@ class Policy:
     """What is trained: changes to the settings, and a gate unless the program has it by name."""
 
     settings: dict = field(default_factory=dict)
-    gate: Callable | None = None  # (config, split, score) -> gate
+    gate: Callable | None = None  # (settings, split, trainer) -> gate
     trainer: type[ast.AdaptiveSparseTrainer] = ast.AdaptiveSparseTrainer
 
 
-def before_loader(rule: type, **options: object) -> Callable:
-    return lambda config, split, score: rule(config, len(split.labels), **options)
+def by_memory(rule: type) -> Callable:
+    return lambda settings, split, trainer: rule(trainer.config, len(split.labels))
 
 
-def after_loader(rule: type) -> Callable:
-    return lambda config, split, score: rule(config, score)
+def by_weighted_memory(rule: type) -> Callable:
+    return lambda settings, split, trainer: rule(trainer.config, len(split.labels), settings.weight_gamma)
+
+
+def weighted(settings: Settings, split: Split, trainer: ast.AdaptiveSparseTrainer) -> object:
+    """The gate that the trainer has; weighted, where that is asked for."""
+    return (
+        by_weighted_memory(rules.Weighted)(settings, split, trainer)
+        if settings.weight_gamma
+        else trainer.gate
+    )
+
+
+def by_margin(settings: Settings, split: Split, trainer: ast.AdaptiveSparseTrainer) -> object:
+    """The kit's gate, which remembers the margin."""
+    trainer.judge = rules.margin
+    return weighted(settings, split, trainer)
+
+
+def top_k(settings: Settings, split: Split, trainer: ast.AdaptiveSparseTrainer) -> object:
+    """The live gate of the hardest views, scored at a share of their side."""
+    scale = settings.score_scale
+    return rules.TopK(trainer.config, rules.scaled(trainer, scale) if scale < 1 else trainer.score)
 
 
 KINDS: dict[str, Policy] = {
@@ -61,31 +83,36 @@ KINDS: dict[str, Policy] = {
     "full": Policy({"gate": "full"}),
     "short": Policy({"gate": "full"}),
     # RS2 (Okanovic et al. 2024): a fresh random share each epoch, the learning rate rescaled.
-    "rs2": Policy({"gate": "rs2"}),
+    "rs2": Policy({"gate": "random", "warmup_epochs": 0, "ramp_epochs": 0, "anneal_epochs": 0}),
     # By chance, with AST's warm-up, ramp and anneal.
     "random": Policy({"gate": "random"}),
-    "ast": Policy({}),
-    "shuffled": Policy({}, before_loader(rules.Shuffled)),
+    "ast": Policy({}, weighted),
+    "shuffled": Policy({}, by_weighted_memory(rules.Shuffled)),
     # Its rule sets its own rate; 0.62 is what that came to, so that its learning rate is scheduled for it.
     "infobatch": Policy(
-        {"warmup_epochs": 1, "ramp_epochs": 0, "target_activation": 0.62}, before_loader(rules.InfoBatch)
+        {"warmup_epochs": 1, "ramp_epochs": 0, "target_activation": 0.62}, by_memory(rules.InfoBatch)
     ),
-    "selective-backprop": Policy({"gate": "live"}, after_loader(rules.SelectiveBackprop)),
+    "selective-backprop": Policy(
+        {"gate": "live"},
+        lambda settings, split, trainer: rules.SelectiveBackprop(trainer.config, trainer.score),
+    ),
     # The original reports' live rule: 0.7 loss + 0.3 intensity above a threshold that a PI loop holds; here
     # on ranks and with the kit's controller, since their own gains lose the rate (docs/evidence.md).
     "original": Policy({"gate": "live", "significance": "loss+intensity"}),
-    "live": Policy({"gate": "live", "live_rule": "topk"}),
-    "proxy": Policy({"gate": "proxy"}),
-    "curriculum": Policy({}, before_loader(rules.Curriculum)),
+    "live": Policy({"gate": "live"}, top_k),
+    "proxy": Policy({}, lambda settings, split, trainer: rules.Proxy(trainer, int(split.labels.max()) + 1)),
+    "curriculum": Policy({}, by_memory(rules.Curriculum)),
     # By chance, every class as often: needs labels, and tells what of AST's lead is owed to balance alone.
-    "balanced": Policy({}, lambda config, split, score: rules.Balanced(config, split.labels)),
+    "balanced": Policy(
+        {}, lambda settings, split, trainer: rules.Balanced(split.labels, settings.weight_gamma)
+    ),
     # The same for images that repeat: every scene as often, as far as it has frames; it must be told which
     # images are frames of one.
-    "distinct": Policy({}, lambda config, split, score: rules.Balanced(config, split.scenes)),
-    # Active learning's margin between the two likeliest classes (Scheffer et al. 2001), remembered.
-    "margin": Policy({"significance": "margin", "guard": False}),
+    "distinct": Policy({}, lambda settings, split, trainer: rules.Balanced(split.scenes)),
+    # The margin between the two likeliest classes, remembered.
+    "margin": Policy({"guard": False}, by_margin),
     # A step at half resolution for what is skipped; chosen by significance, or by chance.
-    "shrink": Policy({}, trainer=rules.Shrinking),
+    "shrink": Policy({}, weighted, rules.Shrinking),
     "random-shrink": Policy({"gate": "random"}, trainer=rules.Shrinking),
 }
 
@@ -109,8 +136,8 @@ def policy(name: str, bed: Bed) -> Policy:
     if kind == "turned":
         made = Policy(
             {},
-            lambda config, split, score: rules.Turned(
-                config, len(split.labels), rules.Knobs(**knobs), split.labels
+            lambda settings, split, trainer: rules.Turned(
+                trainer.config, split.labels, rules.Knobs(**knobs), settings.weight_gamma
             ),
         )
     elif kind in KINDS:
@@ -119,13 +146,13 @@ def policy(name: str, bed: Bed) -> Policy:
         raise SystemExit(
             f"policy {name}: expected one of {', '.join([*KINDS, 'turned'])}, and its own settings"
         )
-    settings, known = dict(made.settings), {f.name for f in fields(ast.Settings)}
+    settings, known = dict(made.settings), {f.name for f in fields(Settings)}
     if unknown := sorted(changes.keys() - known):
         raise SystemExit(f"policy {name}: expected settings of the program, found {', '.join(unknown)}")
     for key, given in changes.items():
-        if isinstance(getattr(ast.Settings, key), bool) and not isinstance(given, bool):
+        if isinstance(getattr(Settings, key), bool) and not isinstance(given, bool):
             raise SystemExit(f"policy {name}: {key} {given}: expected true or false")
-    if changes.get("balance") and (made.gate or settings.get("gate")):
+    if changes.get("balance") and (kind != "ast" or changes.get("weight_gamma")):
         raise SystemExit(
             f"policy {name}: expected balance with the kit's own gate, as in ast@0.2:balance=true"
         )
@@ -146,48 +173,42 @@ def value(text: str) -> object:
 
 def build(bed: Bed, chosen: Policy, seed: int, split: Split) -> ast.AdaptiveSparseTrainer:
     """A silent trainer of the bed's network and recipe."""
-    settings = ast.replace(ast.Settings(), **{"device": "cpu", **bed.settings, **chosen.settings})
-    settings, _ = ast.let_device_decide(settings)
+    settings = replace(Settings(), **{"device": "cpu", **bed.settings, **chosen.settings})
     device = torch.device(settings.device)
     torch.manual_seed(seed)
     if bed.shipped:
-        model = ast.build_model(settings, len(bed.classes)).to(device)
+        model = ast.resnet(len(bed.classes)).to(device, memory_format=torch.channels_last)
         optimizer, criterion = ast.recipe(settings, model)
     else:
         model = compact(len(bed.classes), split.images, settings.batch_size).to(device)
         optimizer, criterion = recipe(settings, model)
     if split.weights:
         model.load_state_dict(model.state_dict() | split.weights)
-    config = ast.ASTConfig.from_settings(settings)
-    gate = chosen.gate and chosen.gate(config, split, lambda images, labels: trainer.score(images, labels))  # noqa: PLW0108
     trainer = chosen.trainer(
         model,
         ast.ArraySource(split.images, split.labels, device, settings.batch_size, ast.augment),
         ast.ArraySource(split.judge_images, split.judge_labels, device, settings.batch_size, ast.plain_view),
-        config,
+        ast.ASTConfig.of(settings),
         optimizer,
         criterion,
-        gate=gate,
         listeners=[],
         seed=seed,
     )
+    if chosen.gate:
+        trainer.gate = chosen.gate(settings, split, trainer)
     return trainer
 
 
-def measure(bed: Bed, chosen: Policy, seed: int, split: Split, every_epoch: bool) -> dict:
-    """One run, as it is kept. `every_epoch` judges after each epoch, not only at the end."""
+def measure(bed: Bed, chosen: Policy, seed: int, split: Split) -> dict:
+    """One run, as it is kept."""
     trainer = build(bed, chosen, seed, split)
-    if not every_epoch:
-        judge = trainer.evaluate
-        trainer.evaluate = lambda: judge() if len(trainer.rows) + 1 >= trainer.schedule.epochs else math.nan
     result = trainer.train()
     flops = sum(result["phases"][phase]["flops"] for phase in ast.TRAINING_PHASES)
     samples = len(split.labels) * bed.settings["epochs"]
     curve, spent = [], 0.0  # training seconds, scoring included
     for row in result["epochs"]:
         spent += row["seconds"]
-        if not math.isnan(row["val_accuracy"]):
-            curve.append([round(spent, 3), round(row["val_accuracy"], 2)])
+        curve.append([round(spent, 3), round(row["val_accuracy"], 2)])
     by_class = class_accuracies(trainer, split)
     frequency = split.labels.bincount(minlength=len(by_class)) / len(split.labels)
     wrong, times = split.labels != split.truth, trainer.times_activated.float()
@@ -220,24 +241,10 @@ def share_of(kind: torch.Tensor, times: torch.Tensor) -> float | None:
 
 def class_accuracies(trainer: ast.AdaptiveSparseTrainer, split: Split) -> list[float]:
     """Accuracy of each class, percent."""
-    with ast.evaluating(trainer.judged), trainer.autocast():
-        answers = torch.cat([trainer.judged(images).argmax(1) for images, _ in trainer.val_source.in_order()])
+    with ast.evaluating(trainer.model), trainer.autocast():
+        answers = torch.cat([trainer.model(images).argmax(1) for images, _ in trainer.val_source.in_order()])
     right = (answers.cpu() == split.judge_labels).float()
     return [100 * float(right[split.judge_labels == c].mean()) for c in split.judge_labels.unique()]
-
-
-def place(results: Path, bed: str, name: str, seed: int, held_out: bool) -> Path:
-    """The file of one run."""
-    safe = name.replace(":", "_").replace(",", "_")
-    return results / ("held_out" if held_out else "test") / bed / f"{safe}-{seed}.json"
-
-
-def keep(file: Path, found: dict) -> None:
-    """Writes a result whole, or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, file)
 
 
 def pretrained(data: ast.ImageData, bed: Bed) -> dict[str, torch.Tensor]:
@@ -265,7 +272,7 @@ def digest(*files: Path) -> str:
 
 
 class Comparison:
-    """The runs of one bed, each a file below `results`."""
+    """The runs of one bed, each a line of its file below `results`."""
 
     def __init__(
         self,
@@ -278,33 +285,33 @@ class Comparison:
         """side_by_side: how many such processes share the GPU, so that seconds and joules are nobody's."""
         self.side_by_side = side_by_side
         self.name, self.bed, self.held_out, self.warned = bed, BEDS[bed], held_out, False
-        self.results = results or RESULTS
+        results = results or books.RESULTS
+        self.file = results / f"{bed}.jsonl"
+        self.kept = load(bed, "held_out" if held_out else "test", results)
         self.split = self.bed.split(data, held_out)
         if self.bed.pretrained:
             self.split.weights = pretrained(data, self.bed)
         self.program, self.ground = digest(Path(ast.__file__)), digest(*[HERE / name for name in GROUND])
 
     def run(self, name: str, seed: int) -> dict:
-        """The result of one run, from its file if it is finished."""
-        file = place(self.results, self.name, name, seed, self.held_out)
-        if file.exists():
-            return self.told(json.loads(file.read_text()))
+        """The result of one run, from the bed's file if it is finished."""
+        if seed in self.kept.get(name, {}):
+            return self.told(self.kept[name][seed])
         found = {
-            "bed": self.name,
             "policy": name,
             "seed": seed,
-            "judged_on": "held-out training images" if self.held_out else "test images",
-            **measure(self.bed, policy(name, self.bed), seed, self.split, not self.held_out),
+            "judged_on": JUDGES["held_out" if self.held_out else "test"],
+            **measure(self.bed, policy(name, self.bed), seed, self.split),
             **(self.shared() if self.side_by_side > 1 else {}),
-            "command": f"python benchmarks/compare.py --bed {self.name} --policies {name} --seeds {seed}"
-            + (" --held-out" if self.held_out else "")
-            + (f" --side-by-side {self.side_by_side}" if self.side_by_side > 1 else ""),
+            "edition": EDITION,
             "program": self.program,  # the shipped file's hash
             "ground": self.ground,  # that of beds, network, rules and this file
             "torch": torch.__version__,
             "date": time.strftime("%Y-%m-%d"),
         }
-        keep(file, found)
+        command = f"python benchmarks/compare.py --bed {self.name} --policies POLICY --seeds SEED"
+        books.append(self.file, {"bed": self.name, "command": command}, found)
+        self.kept.setdefault(name, {})[seed] = found
         print(
             f"{self.name:<8} {name:<40} seed {seed:<4} {found['accuracy']:6.2f} %  cost {found['cost']:.3f}  "
             f"{found['train_seconds']:6.1f} s",
@@ -321,9 +328,9 @@ class Comparison:
         }
 
     def told(self, found: dict) -> dict:
-        """A kept result; says so, once, where other code made it."""
+        """A kept result; says so, once, where other code of this edition made it."""
         other = [what for what in ("program", "ground") if found.get(what) != getattr(self, what)]
-        if other and not self.warned:
+        if other and found.get("edition") == EDITION and not self.warned:
             self.warned = True
             print(f"{self.name}: some kept results were made by another {' and '.join(other)}", flush=True)
         return found
@@ -451,13 +458,13 @@ def main() -> None:
     plan = QUICK if given.quick else FULL
     beds = {given.bed: plan.get(given.bed, ((0.2,), RULES))} if given.bed else plan
     seeds = [int(seed) for seed in given.seeds.split(",") if seed] or range(1 if given.quick else AT_MOST)
-    results = given.results or (ROOT / "runs" / "compare" if given.quick else RESULTS)
+    results = given.results or (ROOT / "runs" / "compare" if given.quick else books.RESULTS)
     ast.keep_freed_memory()
     sets = {"cifar10": given.data, "shapes": "shapes"}
 
     @functools.cache
     def load(name: str) -> ast.ImageData:
-        return ast.load_data(ast.replace(ast.Settings(), data=sets[name], data_dir="data"), print)
+        return ast.load_data(Settings(data=sets[name], data_dir="data"), print)
 
     for bed, compared in beds.items():
         if not given.bed and BEDS[bed].settings.get("device") == "cuda" and not torch.cuda.is_available():

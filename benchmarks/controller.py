@@ -1,6 +1,6 @@
 """Step responses of the controller on recorded significance, against the original reports' gains.
 
-    python benchmarks/controller.py --data path/to/cifar10            # two minutes; JSON and a figure
+    python benchmarks/controller.py --data path/to/cifar10            # two minutes; numbers and a figure
 
 The losses of every sample in every epoch of a plain training run are recorded once; then gates are fed with
 them as if they trained, so that each controller meets the very same drifting significance. The target stands
@@ -8,10 +8,10 @@ at 0.5 for two epochs and then steps to the value in question.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
+import books
 import compare
 import matplotlib.pyplot as plt
 import numpy as np
@@ -132,10 +132,10 @@ def draw(traces: dict, file: Path) -> None:
 
 
 def main() -> None:
-    """Records, replays, writes benchmarks/results/controller.json and docs/controller.png."""
+    """Records, replays, adds a line to benchmarks/results/bars.jsonl and draws docs/controller.png."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", default="cifar10", help="CIFAR-10: a path, or cifar10 to search for it")
-    data = ast.load_data(ast.replace(ast.Settings(), data=parser.parse_args().data, data_dir="data"), print)
+    data = ast.load_data(ast.Settings(data=parser.parse_args().data, data_dir="data"), print)
     losses = record(data)
     traces, rows = {}, []
     for kind in ("remembered", "live"):
@@ -162,7 +162,7 @@ def main() -> None:
         "device": ast.device_name("cpu"),
         "date": time.strftime("%Y-%m-%d"),
     }
-    (ROOT / "benchmarks" / "results" / "controller.json").write_text(json.dumps(found, indent=1) + "\n")
+    books.measured("controller", found)
     draw(traces, ROOT / "docs" / "controller.png")
 
 

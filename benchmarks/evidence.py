@@ -5,7 +5,6 @@
 `docs/make_docs.py` takes the tables from here into docs/evidence.md and README.md.
 """
 
-import json
 import math
 import re
 import statistics
@@ -13,20 +12,21 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+import books
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import t as student
 
 ROOT = Path(__file__).parents[1]
-RUNS = ROOT / "benchmarks" / "results" / "compare"
+JUDGES = {"test": "test images", "held_out": "held-out training images"}
 MARGIN = 0.3  # points below full's accuracy that still count as not inferior; fixed before any run
 NOTHING = "Not measured yet."
 PICTURED = ("whole", "all", "tail", "tail-gpu", "filmed", "ten", "two-long", "long")
 WORTH_A_LINE = 3  # seeds that a row of the headline shares with a rival, or full has for a figure of savings
 FAR = 2.5  # times the next shorter length of plain training: too far to interpolate
 PHASES = "lean warmup_epochs ramp_epochs anneal_epochs".split()
-RECIPE = "epochs batch_size lr weight_decay label_smoothing clip_norm ema".split()  # both act on chance too
+RECIPE = "epochs batch_size lr weight_decay label_smoothing".split()  # both act on chance too
 SHARES = (0.90, 0.95, 0.99, 1.00)  # of full's accuracy, for the time to reach it
 
 
@@ -37,13 +37,22 @@ def half_width(values: list[float]) -> float:
     return float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def load(bed: str, judged: str = "test", results: Path = RUNS) -> dict[str, dict[int, dict]]:
-    """Finished runs of a bed, by policy and seed; `judged` is test or held_out."""
+def load(bed: str, judged: str = "test", results: Path | None = None) -> dict[str, dict[int, dict]]:
+    """Finished runs of a bed, by policy and seed in order; `judged` is test or held_out."""
+    found = [
+        run
+        for run in books.read((results or books.RESULTS) / f"{bed}.jsonl")
+        if run.get("judged_on") == JUDGES[judged]
+    ]
     runs: dict[str, dict[int, dict]] = defaultdict(dict)
-    for file in sorted((results / judged / bed).glob("*.json")):
-        run = json.loads(file.read_text(encoding="utf-8"))
+    for run in sorted(found, key=lambda run: (run["policy"], run["seed"])):
         runs[run["policy"]][run["seed"]] = run
     return dict(runs)
+
+
+def searched() -> list[str]:
+    """Beds with runs that were judged on held-out training images."""
+    return [bed for bed in sorted(f.stem for f in books.RESULTS.glob("*.jsonl")) if load(bed, "held_out")]
 
 
 @dataclass
@@ -109,7 +118,7 @@ def seconds_to(runs: dict, policy: str, share: float) -> float | None:
     return statistics.mean(times) if times else math.nan
 
 
-def table(bed: str, judged: str = "test", results: Path = RUNS) -> str:
+def table(bed: str, judged: str = "test", results: Path | None = None) -> str:
     """Accuracy and cost of every policy, dearest first, as markdown."""
     runs = load(bed, judged, results)
     if not runs:
@@ -403,11 +412,8 @@ def trial_table(trials: list, default: str) -> str:
 
 def besides(named: set[tuple[str, str]]) -> dict[str, list[str]]:
     """Policies run on held-out images of each bed that are not among those named, as (bed, policy)."""
-    found = {}
-    for folder in sorted((RUNS / "held_out").glob("*")):
-        if rest := [name for name in load(folder.name, "held_out") if (folder.name, name) not in named]:
-            found[folder.name] = sorted(rest)
-    return found
+    found = {bed: [name for name in load(bed, "held_out") if (bed, name) not in named] for bed in searched()}
+    return {bed: rest for bed, rest in found.items() if rest}
 
 
 def rival_table(tried: dict[str, list[str]]) -> str:

@@ -5,7 +5,7 @@
     python benchmarks/image_bars.py budget --data path/to/imagenet100      # an hour on two cores; resumable
 
 Photographs: a folder or .zip of full-size JPEGs, in any arrangement. Data: what the program takes as --data.
-Writes benchmarks/results/<name>.json. Run it on an otherwise idle machine.
+Adds lines to benchmarks/results/bars.jsonl. Run it on an otherwise idle machine.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import statistics
 import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,14 +34,10 @@ SIDE = 160  # pixels, of the crops that are timed
 PACKED_SIDE = 256  # pixels, of the packed images
 
 
-def names_in(path: Path) -> list[str]:
-    """Every JPEG below a folder, or in a .zip."""
-    if path.is_file():
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    else:
-        names = [str(found.relative_to(path)) for found in path.rglob("*")]
-    return sorted(name for name in names if name.lower().endswith((".jpg", ".jpeg")))
+def all_in(path: Path, repeats: int = 1) -> program.Photos:
+    """Every JPEG in a folder, or in a .zip, so many times."""
+    names = [name for name in program.names_in(path) if name.lower().endswith((".jpg", ".jpeg"))]
+    return program.Photos(path, names * repeats)
 
 
 def tiny(side: int, classes: int) -> nn.Module:
@@ -66,31 +61,33 @@ def ratio_of_skipping(make: Callable[[str], program.AdaptiveSparseTrainer], roun
 
 def settings_of(**values: object) -> program.Settings:
     """Settings as a run on this CPU would have them."""
-    fixed = {"device": "cpu", "weights": "none", "probe": False, **SPARSE, "target_activation": 0.25}
-    return program.let_device_decide(program.Settings(**fixed | values))[0]
+    fixed = {"device": "cpu", "weights": "none", **SPARSE, "target_activation": 0.25}
+    return program.fill_defaults(program.Settings(**fixed | values))
+
+
+def trainer(
+    settings: program.Settings, data: program.ImageData, model: nn.Module, *optimized: object
+) -> program.AdaptiveSparseTrainer:
+    """A silent trainer; `optimized`: what trains the model, and the criterion."""
+    sources = program.sources(settings, data, CPU)
+    config = program.ASTConfig.of(settings)
+    return program.AdaptiveSparseTrainer(model, *sources, config, *optimized, listeners=[])
 
 
 def skip(photographs: Path, repeats: int = 12, rounds: int = 3) -> dict:
     """Skipping where the loader is what takes the time: full-size JPEGs and a tiny model."""
-    names = names_in(photographs) * repeats
-    labels = np.arange(len(names)) % 10
+    photos = all_in(photographs, repeats)
+    labels = np.arange(len(photos)) % 10
+    few = photos.chosen(range(20))
+    data = program.ImageData("photographs", False, list("0123456789"), photos, labels, few, labels[:20], "")
 
     def make(gate: str) -> program.AdaptiveSparseTrainer:
-        settings = settings_of(gate=gate, image_size=SIDE, batch_size=64)
-        photos = program.Photos(program.Files(photographs), names)
-        few = program.Photos(photos.files, names[:20])
-        data = program.ImageData(
-            "photographs", False, list("0123456789"), photos, labels, few, labels[:20], ""
-        )
         torch.manual_seed(0)
         model = tiny(SIDE, 10)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        config = program.ASTConfig.from_settings(settings)
-        return program.AdaptiveSparseTrainer(
-            model, *program.sources(settings, data, CPU), config, optimizer, listeners=[]
-        )
+        settings = settings_of(gate=gate, image_size=SIDE, batch_size=64)
+        return trainer(settings, data, model, torch.optim.SGD(model.parameters(), lr=0.01))
 
-    return ratio_of_skipping(make, rounds) | {"images": len(names), "reach": "at most 0.30; limit 0.25"}
+    return ratio_of_skipping(make, rounds) | {"images": len(photos), "reach": "at most 0.30; limit 0.25"}
 
 
 def compute(data: program.ImageData, rounds: int = 2) -> dict:
@@ -99,12 +96,8 @@ def compute(data: program.ImageData, rounds: int = 2) -> dict:
     def make(gate: str) -> program.AdaptiveSparseTrainer:
         settings = settings_of(gate=gate, model="resnet18", image_size=64, batch_size=64)
         torch.manual_seed(0)
-        model = program.build_model(settings, len(data.classes))
-        config = program.ASTConfig.from_settings(settings)
-        sources = program.sources(settings, data, CPU)
-        return program.AdaptiveSparseTrainer(
-            model, *sources, config, *program.recipe(settings, model), listeners=[]
-        )
+        model = program.build_model(settings, data)
+        return trainer(settings, data, model, *program.recipe(settings, model))
 
     found = ratio_of_skipping(make, rounds)
     return found | {"images": len(data.train_labels), "reach": "at most 0.29; limit 0.25"}
@@ -138,34 +131,34 @@ def as_tensor(views: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return views.permute(0, 3, 1, 2).float().div_(255)
 
 
-def our_pipeline(images: object, count: int, workers: int) -> Callable[[], int]:
+def our_pipeline(images: program.Photos | np.ndarray, workers: int) -> Callable[[], int]:
     """One epoch of `CropSource`, on as many threads as the other has processes, to the same float batches."""
-    labels = np.zeros(count, np.int64)
-    source = program.CropSource(images, labels, CPU, 64, SIDE, as_tensor, workers, draw=True)
+    program.augment = as_tensor
+    settings = settings_of(image_size=SIDE, batch_size=64, workers=workers)
+    source = program.CropSource(images, np.zeros(len(images), np.int64), settings, training=True)
 
     def epoch() -> int:
-        order = torch.randperm(count).split(64)
-        return sum(len(indices) for indices, _, _ in source.stream(order))
+        batches = ((indices, torch.ones(len(indices))) for indices in torch.randperm(len(images)).split(64))
+        return sum(len(batch) for batch in source.stream(batches))
 
     return epoch
 
 
 def crops(photographs: Path, packed: bool, repeats: int = 6, rounds: int = 5) -> dict:
     """Random crops a second beside torchvision's pipeline, on one worker and on two."""
-    names, found = names_in(photographs) * repeats, {}
-    with tempfile.TemporaryDirectory() as temporary, program.Files(photographs) as files:
-        for index, name in enumerate(names):
+    photos, found = all_in(photographs, repeats), {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for index in range(len(photos)):
             path = Path(temporary) / str(index % 2) / f"{index}.jpg"
             path.parent.mkdir(exist_ok=True)
-            path.write_bytes(files.read(name))
-        mine = program.Photos(program.Files(Path(temporary)), names_in(Path(temporary)))
+            path.write_bytes(photos.read(index))
+        mine = all_in(Path(temporary))
         if packed:
-            whole = lambda width, height: program.centre_box(width, height, 1.0)  # noqa: E731
-            mine = np.stack([mine.view(index, PACKED_SIDE, whole) for index in range(len(names))])
+            mine = np.stack([mine.crop(index, PACKED_SIDE) for index in range(len(mine))])
         for workers in (1, 2):
             ways = {
                 "torchvision": plain_pipeline(Path(temporary), workers),
-                "ours": our_pipeline(mine, len(names), workers),
+                "ours": our_pipeline(mine, workers),
             }
             for way in ways.values():  # starts the processes, fills the caches
                 way()
@@ -189,22 +182,22 @@ def packed(photographs: Path) -> dict:
 
 def pack(photographs: Path, repeats: int = 5, rounds: int = 5) -> dict:
     """`python -m data_setup folder pack` against plain loops of PIL, images a processor second."""
+    from data_setup.images import Images
     from data_setup.pack import pack as write_packed
-    from data_setup.sources import Images
 
-    names = names_in(photographs) * repeats
-    with tempfile.TemporaryDirectory() as temporary, program.Files(photographs) as files:
+    photos = all_in(photographs, repeats)
+    with tempfile.TemporaryDirectory() as temporary:
         tree = Path(temporary) / "tree"
-        for index, name in enumerate(names):
+        for index in range(len(photos)):
             split = "val" if index % 10 == 0 else "train"
             path = tree / split / str(index // 10 % 2) / f"{index}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(files.read(name))
+            path.write_bytes(photos.read(index))
         paths = sorted(tree.rglob("*.jpg"))
 
         def packing() -> int:
             with tempfile.TemporaryDirectory(dir=temporary) as target:
-                write_packed(Images(tree), Path(target), PACKED_SIDE, 1, False, lambda line: None)
+                write_packed(Images(tree), Path(target), PACKED_SIDE, lambda line: None)
             return len(paths)
 
         def loop(kind: str) -> int:
@@ -219,7 +212,7 @@ def pack(photographs: Path, repeats: int = 5, rounds: int = 5) -> dict:
         "times_faster": per_second["data_setup"] / per_second["plain_png"],
         "times_faster_than_saving_as_jpeg": per_second["data_setup"] / per_second["plain_jpeg"],
         "images_per_processor_second": per_second,
-        "images": len(names),
+        "images": len(photos),
         "reach": "at least 1.5",
     }
 
@@ -250,11 +243,9 @@ def memory(data: program.ImageData, epochs: int = 4) -> dict:
         if event == "epoch":
             sizes.append(resident())
 
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    config = program.ASTConfig.from_settings(settings)
-    program.AdaptiveSparseTrainer(
-        model, *program.sources(settings, data, CPU), config, optimizer, listeners=[listen]
-    ).train(epochs=epochs)
+    run = trainer(settings, data, model, torch.optim.SGD(model.parameters(), lr=0.01))
+    run.listeners = [listen]
+    run.train(epochs=epochs)
     return {
         "growth_percent": 100 * (sizes[-1] / sizes[0] - 1),
         "resident_mib_after_each_epoch": [round(size / 2**20, 1) for size in sizes],
@@ -271,7 +262,6 @@ def budget(data: str, seeds: str, epochs: int, train_size: int) -> dict:
         model="resnet18",
         image_size=64,
         weights="none",
-        probe=False,
         device="cpu",
         epochs=epochs,
         train_size=train_size,
@@ -286,7 +276,6 @@ def budget(data: str, seeds: str, epochs: int, train_size: int) -> dict:
     per_seed = {name: list(policy["accuracy_per_seed"].values()) for name, policy in policies.items()}
     return {
         "settings": "resnet18 from scratch, 64 px, a = 0.4",
-        "weight_gamma": settings.weight_gamma,
         "epochs": epochs,
         "dataset": summary["dataset"],
         "training_images": summary["n_train"],

@@ -23,15 +23,12 @@ import venv
 from collections.abc import Iterator
 from pathlib import Path
 
+import books
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = "adaptive-sparse-training==1.0.1"
 TARGET, WARMUP, ANNEAL = 0.2, 1, 1  # rate asked of the peer; epochs on everything first, and the kit's last
 BEDS_HERE = ("four", "two-long")
-
-
-def result_of(bed: str) -> Path:
-    """The file of the runs on a bed."""
-    return ROOT / "benchmarks" / "results" / f"peer_{bed}.json"
 
 
 def inside(data: str, seeds: list[int], bed_name: str) -> None:
@@ -53,8 +50,9 @@ def inside(data: str, seeds: list[int], bed_name: str) -> None:
 
         def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             order = torch.randperm(len(self.source), generator=self.generator)
-            for _, images, labels in self.source.stream(order.split(self.source.batch_size)):
-                yield images, labels
+            batches = ((indices, torch.ones(len(indices))) for indices in order.split(self.source.batch_size))
+            for batch in self.source.stream(batches):
+                yield batch.images, batch.labels
 
     class InOrder:
         def __init__(self, source: ast.ArraySource):
@@ -74,9 +72,9 @@ def inside(data: str, seeds: list[int], bed_name: str) -> None:
             with self.autocast():
                 return self.model(images).float()
 
-    bed, file = BEDS[bed_name], result_of(bed_name)
+    bed, file = BEDS[bed_name], books.RESULTS / f"peer_{bed_name}.jsonl"
     ast.keep_freed_memory()
-    split = bed.split(ast.load_data(ast.replace(ast.Settings(), data=data, data_dir="data"), print), False)
+    split = bed.split(ast.load_data(ast.Settings(data=data, data_dir="data"), print), False)
     epochs = bed.settings["epochs"]
 
     def with_peer(seed: int) -> dict:
@@ -90,10 +88,10 @@ def inside(data: str, seeds: list[int], bed_name: str) -> None:
         def schedule(*_: object) -> None:
             nonlocal done
             done += 1
-            for group, peak in zip(ours.optimizer.param_groups, ours.peaks, strict=True):
+            for group, peak in zip(ours.optimizer.param_groups, ours.peak_lrs, strict=True):
                 group["lr"] = peak * ast.learning_rate_shape(min(1.0, done / steps))
 
-        for group, peak in zip(ours.optimizer.param_groups, ours.peaks, strict=True):
+        for group, peak in zip(ours.optimizer.param_groups, ours.peak_lrs, strict=True):
             group["lr"] = peak * ast.learning_rate_shape(0.0)
         ours.optimizer.register_step_post_hook(schedule)
         trainer = peer.AdaptiveSparseTrainer(
@@ -121,24 +119,23 @@ def inside(data: str, seeds: list[int], bed_name: str) -> None:
         }
 
     def with_kit(name: str, seed: int) -> dict:
-        found = compare.measure(bed, compare.policy(name, bed), seed, split, every_epoch=True)
+        found = compare.measure(bed, compare.policy(name, bed), seed, split)
         kept = ("accuracy", "train_seconds", "activation_rate", "cost")
         return {key: found[key] for key in kept}
 
-    found = {
+    command = f"python benchmarks/peer.py --bed {bed_name} --seeds SEED"
+    shared = {"bed": bed.what, "command": command, "judged_on": "test images", "target": TARGET}
+    machine = {
         "package": f"adaptive-sparse-training {importlib.metadata.version('adaptive-sparse-training')}",
-        "bed": bed.what,
-        "judged_on": "test images",
-        "target": TARGET,
         "torch": torch.__version__,
         "device": ast.device_name("cpu"),
         "date": time.strftime("%Y-%m-%d"),
+        "edition": compare.EDITION,
+        "program": compare.digest(Path(ast.__file__)),
     }
-    runs = json.loads(file.read_text())["runs"] if file.exists() else []  # goes on after a stop
-    for seed in seeds:
-        if seed in [run["seed"] for run in runs]:
-            continue
-        run = {"seed": seed, "program": compare.digest(Path(ast.__file__))}
+    finished = [run["seed"] for run in books.read(file)]  # goes on after a stop
+    for seed in (seed for seed in seeds if seed not in finished):
+        run = {"seed": seed}
         if seed % 2:
             run["full"] = with_kit("full", seed)
         run["peer"] = with_peer(seed)
@@ -150,11 +147,8 @@ def inside(data: str, seeds: list[int], bed_name: str) -> None:
         run["no_ramp"] = with_kit(f"ast@{TARGET}:ramp_epochs=0", seed)
         if "full" not in run:
             run["full"] = with_kit("full", seed)
-        runs.append(run)
+        books.append(file, shared, run | machine)
         print(json.dumps(run), flush=True)
-        made = ",".join(str(run["seed"]) for run in runs)
-        command = f"python benchmarks/peer.py --bed {bed_name} --seeds {made}"
-        compare.keep(file, {**found, "command": command, "runs": runs})
 
 
 def main() -> None:

@@ -1,32 +1,61 @@
-"""Selection rules to compare the kit's with, as gates of the kit's own interface; each names its source.
+"""Selection rules beside the kit's own, as gates of its interface; each names its source.
 
-A gate has select(candidates, target, generator) -> (indices, weights), observe(indices, losses),
-state_dict() and load_state_dict(state); `needs_views` says that it looks at augmented images.
+A gate has select(candidates, target, generator) -> (indices, weights) and observe(indices, losses);
+`needs_views` says that it looks at augmented images. Nothing here is saved: compare.py goes on run by run.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from beds import ast
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class Shuffled(ast.RememberedGate):
+def margin(logits: Tensor, labels: Tensor, images: Tensor) -> Tensor:
+    """One minus the margin between the two likeliest classes (active learning; Scheffer et al. 2001), [B]."""
+    likeliest = logits.detach().float().softmax(1).topk(2).values
+    return 1 - (likeliest[:, 0] - likeliest[:, 1])
+
+
+def importance_weights(p: Tensor, gamma: float, target: float) -> Tensor:
+    """w = min((p/a)^-γ, 4) of the activated samples, scaled to mean 1. p [k], returns float32 [k]."""
+    weights = (p.float().clamp(min=1e-6) / target).pow(-gamma).clamp(max=4.0)
+    return weights / weights.mean() if len(weights) else weights
+
+
+class Weighted(ast.RememberedGate):
+    """The kit's gate with weights (p/a)^-γ that undo the choice: in full at γ = 1, not at all at 0."""
+
+    def __init__(self, config: ast.ASTConfig, n: int, gamma: float = 0.0):
+        super().__init__(config, n)
+        self.gamma, self.p = gamma, torch.empty(n)
+
+    def rank(self, candidates: Tensor) -> Tensor:
+        self.u = super().rank(candidates)
+        return self.u
+
+    def select(self, candidates: Tensor, target: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """As RememberedGate, weighted by each one's own p, without what its waiting added."""
+        chosen, _ = super().select(candidates, target, generator)
+        temperature = self.config.temperature
+        self.p[candidates] = ast.activation_probability(self.u, self.threshold, target, temperature)
+        return chosen, importance_weights(self.p[chosen], self.gamma, target)
+
+
+class Shuffled(Weighted):
     """The kit's gate with its ranks dealt out anew: keeps rate and weights, loses the information.
 
     Sanity check of Okanovic et al. 2024; what it reaches is due to the schedule, not to significance.
     """
 
-    def __init__(self, config: ast.ASTConfig, n: int):
-        super().__init__(config, n)
+    def __init__(self, config: ast.ASTConfig, n: int, gamma: float = 0.0):
+        super().__init__(config, n, gamma)
         generator = torch.Generator().manual_seed(n)
         rank = self.memory.rank
-        self.memory.rank = lambda indices, labels: rank(indices, labels)[
-            torch.randperm(len(indices), generator=generator)
-        ]
+        self.memory.rank = lambda some: rank(some)[torch.randperm(len(some), generator=generator)]
 
 
 class InfoBatch(ast.RememberedGate):
@@ -69,6 +98,110 @@ class SelectiveBackprop(ast.LiveGate):
         return candidates.indices[taken], torch.ones(len(taken))
 
 
+class TopK(ast.LiveGate):
+    """Keeps the hardest views of every batch, exactly the share asked for, in place of those above θ."""
+
+    def __init__(self, config: ast.ASTConfig, score: Callable[[Tensor, Tensor], Tensor]):
+        super().__init__(config, score)
+        self.owed = 0.0  # samples, the fraction carried to the next batch
+
+    def select(
+        self, candidates: ast.Views, target: float, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """The hardest; 2 random ones where none is due."""
+        scores = self.score(candidates.images, candidates.labels).cpu()
+        finite = scores.isfinite()
+        self.owed += target * len(scores)
+        count = min(int(finite.sum()), math.floor(self.owed + 0.5))
+        self.owed = min(self.owed - count, 1.0)
+        taken = torch.where(finite, scores, -math.inf).topk(count).indices
+        if not len(taken):
+            taken = torch.randperm(len(scores), generator=generator)[:2]
+        return candidates.indices[taken], torch.ones(len(taken))
+
+
+def scaled(trainer: ast.AdaptiveSparseTrainer, scale: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """`trainer.score` of views shrunk to a share of their side, charged as what that takes."""
+    flops: list[float] = []  # a sample
+
+    def score(images: Tensor, labels: Tensor) -> Tensor:
+        side = round(scale * images.shape[-1])
+        small = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
+        if not flops:
+            flops.append(ast.flops_per_sample(trainer.model, small[:2], False, trainer.autocast)[0])
+        cost = trainer.ledger.costs["scoring"]
+        charged = cost.flops + len(images) * flops[0]
+        scores = trainer.score(small, labels)
+        cost.flops = charged
+        return scores
+
+    return score
+
+
+class Proxy(TopK):
+    """Keeps the hardest views as a small network trained beside judges them (airbench96_faster; Jordan 2024).
+
+    It sees every candidate, also in the warm-up, and learns by AdamW from the hardest quarter of each batch.
+    Its work is charged to scoring.
+    """
+
+    LEARNS = 0.25  # share of the views that the proxy learns from
+
+    def __init__(self, trainer: ast.AdaptiveSparseTrainer, classes: int):
+        super().__init__(trainer.config, self.judge)
+        self.trainer, self.stream, self.flops = trainer, trainer.train_source.stream, {}
+        trainer.train_source.stream = self.watch
+        with torch.random.fork_rng():
+            torch.manual_seed(trainer.seed)
+            self.network = proxy_network(classes).to(trainer.device)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=2e-3, fused=True)
+
+    def watch(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[ast.Batch]:
+        """The source's stream, judged on the way in the warm-up, where nobody selects."""
+        for batch in self.stream(batches):
+            if self.trainer.phase == "warmup":
+                with self.trainer.ledger.charge("scoring"):
+                    self.judge(batch.images, batch.labels)
+            yield batch
+
+    def judge(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy [m] of views by the proxy, which then learns from the hardest of them."""
+        self.charge("scoring", images)
+        with torch.no_grad(), self.autocast():
+            logits = self.network(images)
+        losses = F.cross_entropy(logits.float(), labels, reduction="none")
+        hardest = losses.topk(math.ceil(self.LEARNS * len(labels))).indices
+        if len(hardest) > 1:  # batch norm cannot learn from one
+            self.charge("training", images[hardest])
+            with self.autocast():
+                logits = self.network(images[hardest])
+            self.optimizer.zero_grad(set_to_none=True)
+            F.cross_entropy(logits.float(), labels[hardest]).backward()
+            self.optimizer.step()
+        return losses
+
+    def charge(self, mode: str, images: Tensor) -> None:
+        """Charges to scoring what the proxy does with images [B, ...]."""
+        if mode not in self.flops:
+            training = mode == "training"
+            self.flops[mode] = ast.flops_per_sample(self.network, images[:2], training, self.autocast)[0]
+        self.trainer.ledger.costs["scoring"].flops += len(images) * self.flops[mode]
+
+    def autocast(self) -> torch.autocast:
+        """bf16 where the run has it; fp16 would want a scaler, and the proxy is small."""
+        bf16 = self.trainer.dtype is torch.bfloat16
+        return torch.autocast(self.trainer.device.type, torch.bfloat16, enabled=bf16)
+
+
+def proxy_network(classes: int) -> nn.Module:
+    """Three 3x3 convolutions, 16, 32 and 64 wide, the sides halved twice, then the mean."""
+    blocks: list[nn.Module] = []
+    for inputs, outputs, stride in ((3, 16, 1), (16, 32, 2), (32, 64, 2)):
+        conv = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        blocks += [conv, nn.BatchNorm2d(outputs, track_running_stats=False), nn.ReLU()]
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes))
+
+
 class Curriculum(ast.RememberedGate):
     """Easy first (Bengio et al. 2009; pacing as in Hacohen & Weinshall 2019): draws by chance from the
     easiest samples, a share that grows from twice the target to all over the first 60 % of the epochs."""
@@ -91,62 +224,60 @@ class Shrinking(ast.AdaptiveSparseTrainer):
     """Gives each skipped sample a step at half resolution, a quarter of the FLOPs, instead of none.
 
     Progressive resizing (Howard 2018; Touvron et al. 2019, FixRes), here by sample. Shrunk samples are not
-    remembered: their losses are on another scale.
+    remembered, nor counted as activated: their losses are on another scale.
     """
 
-    def _train_epoch(self) -> None:
-        self.aside = torch.empty(0, dtype=torch.int64)
-        super()._train_epoch()
-
-    def _offer(self, candidates: Tensor) -> tuple[Tensor, Tensor]:
-        chosen, weights = super()._offer(candidates)
-        skipped = candidates[~torch.isin(candidates, chosen)]
-        self.aside = torch.cat([self.aside, skipped])
+    def decide(self, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        """As the trainer; sets aside what is skipped."""
+        chosen, weights = super().decide(candidates)
+        self.aside = torch.cat([self.aside, candidates[~torch.isin(candidates, chosen)]])
         return chosen, weights
 
-    def _batches(self, plan: ast.Plan) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        for batch in super()._batches(plan):
+    def arrivals(self, batches: Iterable[ast.Batch]) -> Iterator[ast.Batch]:
+        """As the trainer, and batches of what was set aside."""
+        self.aside, self.shrunk = torch.empty(0, dtype=torch.int64), None
+        size = self.train_source.batch_size
+        for batch in super().arrivals(batches):
             yield batch
-            while len(self.aside) >= plan.batch_size:
-                yield self._shrunk(plan.batch_size)
+            while len(self.aside) >= size:
+                yield self.shrink(size)
         if len(self.aside) > 1:
-            yield self._shrunk(len(self.aside))
+            yield self.shrink(len(self.aside))
 
-    def _shrunk(self, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def shrink(self, count: int) -> ast.Batch:
+        """A batch of the first `count` that were set aside, at half resolution."""
         indices, self.aside = self.aside[:count], self.aside[count:]
-        _, images, labels = next(self.train_source.stream([indices]))
-        self.side = images.shape[-1]
-        small = F.interpolate(images, scale_factor=0.5, mode="bilinear", antialias=True)
-        return indices, torch.ones(count), small.contiguous(memory_format=torch.channels_last), labels
+        (batch,) = self.train_source.stream([(indices, torch.ones(count))])
+        small = F.interpolate(batch.images, scale_factor=0.5, mode="bilinear", antialias=True)
+        self.shrunk = replace(batch, images=small.contiguous(memory_format=torch.channels_last))
+        return self.shrunk
 
-    def _step(self, indices: Tensor, weights: Tensor, images: Tensor, labels: Tensor) -> None:
-        self.shrunk = hasattr(self, "side") and images.shape[-1] < self.side
-        unread = len(self.unread)
-        super()._step(indices, weights, images, labels)
-        if self.shrunk:
-            del self.unread[unread:]
-
-    def _count(self, samples: int) -> None:
-        if not self.shrunk:
-            return super()._count(samples)
-        self.ledger.accounts[self.schedule.phase(len(self.rows))].flops += (
-            samples * self.flops["training"] / 4
-        )
+    def step(self, batch: ast.Batch) -> None:
+        """As the trainer; a shrunk batch costs a quarter, and leaves no other trace in the books."""
+        progress = self.progress
+        super().step(batch)
+        if batch is self.shrunk:
+            self.progress = progress
+            self.tally.pending.pop()
+            self.tally.trained -= len(batch)
+            cost = self.ledger.costs[self.phase]
+            cost.activated -= len(batch)
+            cost.flops -= 0.75 * len(batch) * self.flops["training"]
 
 
 class Balanced(ast.RandomGate):
     """By chance, but of every class as many, which takes labels and no significance: what a long tail's
-    gain may be owed to (class-balanced sampling, Kang et al. 2020). Weighted like the kit's gate."""
+    gain may be owed to (class-balanced sampling, Kang et al. 2020)."""
 
-    def __init__(self, config: ast.ASTConfig, labels: Tensor):
+    def __init__(self, labels: Tensor, gamma: float = 0.0):
         super().__init__()
-        self.config, self.labels, self.phase = config, labels, 0.5
+        self.labels, self.gamma, self.phase = labels, gamma, 0.5
 
     def select(self, candidates: Tensor, target: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Activates target·m of the m candidates; classes with too few give all they have."""
         p = even_shares(self.labels, candidates, target)
         taken, self.phase = ast.systematic(p, self.phase)
-        return candidates[taken], ast.importance_weights(p[taken], self.config.weight_gamma, target)
+        return candidates[taken], importance_weights(p[taken], self.gamma, target)
 
 
 def even_shares(labels: Tensor, candidates: Tensor, target: float) -> Tensor:
@@ -179,7 +310,6 @@ class Knobs:
     pooled: float = 0.0  # share of the class's mean in each sample's significance
     balance: bool = False  # as many of every class, by significance within each
     per_class: float = 0.0  # each class activates at least this share of its fair count
-    cap: float = 4.0  # largest weight before scaling
     temperature_of_rate: float = 0.0  # T = min(temperature, this · a); 0: T alone
     guard_quantile: float = ast.Memory.TOP  # a loss above this quantile, visit after visit, ranks as average
     guard_visits: int = ast.Memory.VISITS  # that many visits
@@ -189,9 +319,9 @@ class Knobs:
 class Turned(ast.RememberedGate):
     """The kit's gate with its knobs turned, for the search."""
 
-    def __init__(self, config: ast.ASTConfig, n: int, knobs: Knobs, labels: Tensor):
-        super().__init__(config, n)
-        self.knobs, self.labels, self.mean = knobs, labels, 1.0
+    def __init__(self, config: ast.ASTConfig, labels: Tensor, knobs: Knobs, gamma: float = 0.0):
+        super().__init__(config, len(labels))
+        self.knobs, self.labels, self.gamma, self.mean = knobs, labels, gamma, 1.0
         self.memory.TOP, self.memory.FALL = knobs.guard_quantile, knobs.guard_fall
         self.memory.VISITS = knobs.guard_visits
 
@@ -203,7 +333,7 @@ class Turned(ast.RememberedGate):
             u = self.rank_pooled(candidates)
         if knobs.ageing:
             u = u + knobs.ageing * (self.clock - self.memory.visited[candidates]) * target
-        forced = self.overdue(candidates, target)
+        forced = self.stale(candidates, target)
         if knobs.balance:
             p = self.balanced(u, candidates, forced, target)
         else:
@@ -212,8 +342,7 @@ class Turned(ast.RememberedGate):
             p = self.raise_classes(p, candidates, target)
         taken, self.phase = ast.systematic(torch.where(forced, 1.0, p), self.phase)
         self.clock += m / len(self.memory.visited)
-        weights = (p[taken].clamp(min=1e-6) / target).pow(-self.config.weight_gamma).clamp(max=knobs.cap)
-        return candidates[taken], weights / weights.mean() if len(weights) else weights
+        return candidates[taken], importance_weights(p[taken], self.gamma, target)
 
     def rank_pooled(self, candidates: Tensor) -> Tensor:
         """Ranks among the candidates of a mixture of each one's significance and its class's mean."""
@@ -224,7 +353,7 @@ class Turned(ast.RememberedGate):
         below, upto = (torch.searchsorted(ordered, mixed, side=side) for side in ("left", "right"))
         return (below + upto) / (2 * len(mixed))
 
-    def overdue(self, candidates: Tensor, target: float) -> Tensor:
+    def stale(self, candidates: Tensor, target: float) -> Tensor:
         if not self.knobs.overdue:
             return torch.zeros(len(candidates), dtype=torch.bool)
         wait = self.clock - self.memory.visited[candidates]

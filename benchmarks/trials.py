@@ -275,7 +275,7 @@ def main() -> None:
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
     given = parser.parse_args()
     ast.keep_freed_memory()
-    data = ast.load_data(ast.replace(ast.Settings(), data=given.data, data_dir="data"), print)
+    data = ast.load_data(ast.Settings(data=given.data, data_dir="data"), print)
     tried = [(bed, t.run) for trials in CHAPTERS.values() for t in trials for bed in t.beds]
     of_bed = {bed: [as_begun(DEFAULT), *(run for b, run in tried if b == bed)] for bed, _ in tried}
     lists = [of_bed, SPARER, REPEATS, FEW_LOOKS, MARGIN, ON_A_GPU if torch.cuda.is_available() else {}]

@@ -5,16 +5,17 @@ marked places: flags from `Settings`, figures from benchmarks/results.
 """
 
 import inspect
-import json
 import math
 import re
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "standalone"), str(ROOT / "benchmarks")]
+import books  # noqa: E402
 import evidence as proof  # noqa: E402
 import trials  # noqa: E402
 
@@ -23,29 +24,9 @@ import imagenet100_ast as images  # noqa: E402
 
 CHAPTERS = {
     "Train a model of your own": ["ASTConfig", "AdaptiveSparseTrainer", "Controls", "BadInput"],
-    "Run the whole program": ["Settings", "run", "load_data", "ImageData", "shapes"],
-    "In a notebook": [
-        *("prepare", "run_live", "Monitor", "Dashboard"),
-        *("show_significance", "playground", "step_response"),
-        *("show_table", "show_costs", "show_classes", "show_memory", "show_chosen"),
-    ],
-    "The method, piece by piece": [
-        *("significance", "Memory", "activation_probability", "solve_threshold", "Controller"),
-        *("systematic", "importance_weights", "rank_within", "deal_out", "Schedule", "learning_rate_shape"),
-    ],
-    "Gates": ["RememberedGate", "LiveGate", "ProxyGate", "Views", "RandomGate"],
-    "What it cost": ["Ledger", "EnergyMeter", "flops_per_sample"],
-    "Where samples come from": ["Source", "ArraySource", "DatasetSource", "as_source"],
-}
-ON_IMAGES = {
-    "Only in `imagenet100_ast.py`: photographs": [
-        *("list_images", "Listing", "Files", "Photos", "CropSource"),
-        *("decode", "crop", "random_box", "centre_box", "uniforms"),
-    ],
-    "Only in `imagenet100_ast.py`: fine-tuning": [
-        *("find_weights", "read_weights", "build_model", "recompute", "augment", "recipe"),
-        *("untrained", "linear_probe"),
-    ],
+    "Run the whole program": ["Settings", "prepare", "run", "run_live", "ImageData"],
+    "Gates": ["RememberedGate", "LiveGate", "RandomGate", "Views"],
+    "What it cost": ["Ledger"],
 }
 OPENING = """\
 # The public names
@@ -55,9 +36,9 @@ its notebook. Written from the docstrings by `python docs/make_docs.py`.
 """
 
 
-def entry(name: str, module: object = program) -> str:
+def entry(name: str) -> str:
     """The markdown of one public name, with its public methods."""
-    thing = getattr(module, name)
+    thing = getattr(program, name)
     lines = [f"### `{name}{signature(thing)}`", "", inspect.cleandoc(thing.__doc__)]
     for method, value in vars(thing).items() if inspect.isclass(thing) else ():
         function = getattr(value, "__func__", value)  # a classmethod wraps its function
@@ -84,19 +65,19 @@ def signature(thing: object) -> str:
 def api() -> str:
     """The whole of docs/api.md."""
     parts = [OPENING]
-    for module, chapters in ((program, CHAPTERS), (images, ON_IMAGES)):
-        for chapter, names in chapters.items():
-            parts += [f"## {chapter}\n", *(entry(name, module) for name in names)]
+    for chapter, names in CHAPTERS.items():
+        parts += [f"## {chapter}\n", *(entry(name) for name in names)]
     return "\n".join(parts)
 
 
 def flags(module: object) -> list[str]:
     """The rows of a program's table of flags."""
-    settings, comments, rows = module.Settings(), module.field_comments(), []
-    for item in module.fields(settings):
-        value = getattr(settings, item.name)
-        default = {"None": "auto", "True": "on", "False": "off"}.get(str(value), value)
-        rows.append(f"| `{module.flag(item.name)}` | {default} | {comments[item.name].replace('|', '/')} |")
+    rows = []
+    for item in fields(module.Settings):
+        default = {"None": "auto", "True": "on", "False": "off"}.get(str(item.default), item.default)
+        bound, meaning = item.metadata["bound"], item.metadata["help"].replace("|", "/")
+        meaning += f": {', '.join(bound)}" if isinstance(bound, tuple) else ""
+        rows.append(f"| `{module.flag(item.name)}` | {default} | {meaning} |")
     return rows
 
 
@@ -105,15 +86,8 @@ def table_of_flags(rows: list[str]) -> str:
 
 
 def result(name: str) -> dict | None:
-    """What benchmarks/bars.py measured under a name, if it did."""
-    path = ROOT / "benchmarks" / "results" / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def weighed(found: dict) -> str:
-    """Of a result made with weights that are not the default's: γ."""
-    gamma = found["weight_gamma"]
-    return "" if gamma == program.Settings().weight_gamma else f", with γ = {gamma}"
+    """What benchmarks/bars.py measured last under a name, if it did."""
+    return {found["measure"]: found for found in books.read(books.RESULTS / "bars.jsonl")}.get(name)
 
 
 def seeds(found: dict, policy: str) -> str:
@@ -210,7 +184,7 @@ ROWS: dict[str, list[Row]] = {
         (
             "CIFAR-10, simple_cnn, 40 epochs at a mean activation of "
             "0.104: AST, mean of 3 seeds (the original report: 61.2 %)",
-            lambda r: f"{r['mean_accuracy']['ast']:.2f} % ({seeds(r, 'ast')}){weighed(r)}",
+            lambda r: f"{r['mean_accuracy']['ast']:.2f} % ({seeds(r, 'ast')})",
             "≥ 77.5 %",
             lambda r: r["mean_accuracy"]["ast"] >= 77.5,
         ),
@@ -318,7 +292,7 @@ ROWS |= {
             lambda r: (
                 ", ".join(f"{r['mean_accuracy'][p]:.2f} %" for p in ("ast", "short", "random"))
                 + f" ({r['training_images']:,} images, {r['epochs']} epochs, "
-                + f"{len(r['accuracy_per_seed']['ast'])} seeds){weighed(r)}"
+                + f"{len(r['accuracy_per_seed']['ast'])} seeds)"
             ),
             "AST ahead of both",
             lambda r: all(r["mean_accuracy"]["ast"] > r["mean_accuracy"][p] for p in ("short", "random")),
@@ -358,7 +332,7 @@ def evidence() -> str:
     rate, count = found["mean_activation"]["ast"], len(found["accuracy_per_seed"]["ast"])
     return (
         f"Measured on CIFAR-10 (as JPEGs), `simple_cnn`, 40 epochs on {rate:.1%} of the samples, mean of "
-        f"{count} seeds: AST {ours:.2f} %{weighed(found)}, random selection of as many {random:.2f} %, a "
+        f"{count} seeds: AST {ours:.2f} %, random selection of as many {random:.2f} %, a "
         f"difference of {paired(found, 'random')}; plain training of {found['epochs_of_short']} epochs, "
         f"{found['epochs_of_short'] / (found['settings']['epochs'] * rate) - 1:.0%} dearer, "
         f"{found['mean_accuracy']['short']:.2f} %, {paired(found, 'short')}. "
@@ -374,7 +348,7 @@ def evidence_on_images() -> str:
         sentences.append(
             f"Measured on {found['training_images']:,} images of 100 classes of ImageNet at 64 pixels, "
             f"`resnet18` from scratch, {found['epochs']} epochs, {len(found['accuracy_per_seed']['ast'])} "
-            f"seeds: AST {mean['ast']:.2f} %{weighed(found)}, after {found['seconds']['ast']:.0f} s of "
+            f"seeds: AST {mean['ast']:.2f} %, after {found['seconds']['ast']:.0f} s of "
             f"training. That is {interval(gap['short'])} points against plain training cut to that cost, and "
             f"{interval(gap['random'])} against random selection (95 % intervals; {found['machine']}, "
             f"{found['date']})."
@@ -431,34 +405,32 @@ def search() -> str:
     lists = (trials.SPARER, trials.REPEATS, trials.FEW_LOOKS, trials.MARGIN, trials.ON_A_GPU)
     named |= {(bed, name) for tried in lists for bed, names in tried.items() for name in names}
     text = between(text, "besides", proof.rival_table(proof.besides(named)))
-    beds = sorted(folder.name for folder in (proof.RUNS / "held_out").iterdir())
-    sentences = [f"`{bed}`: {proof.where(bed, judged='held_out')}" for bed in beds]
+    sentences = [f"`{bed}`: {proof.where(bed, judged='held_out')}" for bed in proof.searched()]
     return between(text, "where", "\n\n".join(sentences))
 
 
 def peer(bed: str) -> str:
     """The published package beside the kit and plain training on a bed, seed by seed."""
-    found = result(f"peer_{bed}")
-    if not found:
+    runs = books.read(books.RESULTS / f"peer_{bed}.jsonl")
+    if not runs:
         return proof.NOTHING
     rows = [
         "| seed | | accuracy, % | activated | training s | what it says it saved |",
         "|---|---|---|---|---|---|",
     ]
-    for run in found["runs"]:
+    for run in runs:
         saved = f"{run['peer']['saving_it_prints_percent']:.1f} %"
-        whose = {"peer": found["package"], **KIT_BESIDE_PEER, "full": "plain training"}
+        whose = {"peer": run["package"], **KIT_BESIDE_PEER, "full": "plain training"}
         for name, who in ((name, who) for name, who in whose.items() if name in run):
             one = run[name]
             rows.append(
                 f"| {run['seed']} | {who} | {one['accuracy']:.2f} | {one['activation_rate']:.3f} | "
                 f"{one['train_seconds']:.0f} | {saved if name == 'peer' else '-'} |"
             )
-    against = [beside(found["runs"], name, words) for name, words in KIT_BESIDE_PEER.items()]
-    where = (
-        f"{found['bed']}; {found['device']}, torch {found['torch']}, {found['date']}; `{found['command']}`."
-    )
-    return "\n".join([*rows, "", *filter(None, against), "", where])
+    against = [beside(runs, name, words) for name, words in KIT_BESIDE_PEER.items()]
+    where = {f"{run['bed']}; {run['device']}, torch {run['torch']}, {run['date']}" for run in runs}
+    command = runs[0]["command"].replace("SEED", ",".join(str(run["seed"]) for run in runs))
+    return "\n".join([*rows, "", *filter(None, against), "", f"{'; '.join(sorted(where))}; `{command}`."])
 
 
 KIT_BESIDE_PEER = {
