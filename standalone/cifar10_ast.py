@@ -1014,6 +1014,7 @@ class Controls:
             if change["control"] in self.values:
                 self.values[change["control"]] = change["new"]
             words = f"{change['control'].replace('_', ' ')} {change['new']}"
+            words = {"paused True": "paused", "paused False": "resumed"}.get(words, words)
             yield change | {"old": old, "candidates": self.candidates, "words": words}
 
     def stopping(self) -> bool:
@@ -3881,7 +3882,7 @@ def show_chosen(summary: dict, data: ImageData) -> None:
 # First the settings as they will run, and the data that they name: the lessons and the run share them.
 
 # %% Look before you train tags=["shared", "active-ipynb"]
-# settings, data = prepare(settings)
+# settings, data = prepare(replace(settings, **your_run))
 
 # %% What significance looks like [markdown]
 # ### What significance looks like
