@@ -1115,10 +1115,11 @@ class AdaptiveSparseTrainer:
         self.config = config = ASTConfig.of(config)
         self.device = pick_device(config.device)
         self.dtype = pick_dtype(config.amp, self.device)
+        mixed = {"dtype": self.dtype or torch.bfloat16, "enabled": self.dtype is not None}
+        self.autocast = functools.partial(torch.autocast, self.device.type, **mixed)
         self.model = model.to(self.device)
-        size = config.batch_size or 64
-        self.train_source = as_source(train_loader, self.device, size, "train_loader")
-        self.val_source = as_source(val_loader, self.device, size, "val_loader")
+        self.train_source = as_source(train_loader, self.device, config.batch_size, "train_loader")
+        self.val_source = as_source(val_loader, self.device, config.batch_size, "val_loader")
         self.optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=config.lr or 1e-3, fused=True)
         self.peak_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.criterion = criterion or nn.CrossEntropyLoss(reduction="none")
@@ -1127,13 +1128,15 @@ class AdaptiveSparseTrainer:
         self.score = functools.partial(score_views, self)
         self.gate = gate or make_gate(config, self.train_source, self.score)
         self.policy = policy or ("ast" if gate or config.gate in SCORED else config.gate)
-        self.full = config.gate == "full" and gate is None and rates is None
         self.listeners = [print_table()] if listeners is None else list(listeners)
         self.controls = controls or Controls()
         self.in_parts = Parts(self.device, lambda text: self.emit("notice", text=text))
         self.rates, self.seed, self.clip_norm, self.save = rates, seed, clip_norm, save
-        self.rows, self.changes = [], []  # of metrics.jsonl; by hand
-        self.resumed = False  # a restored state is what the next `train` goes on with
+        self.rows, self.changes, self.resumed = (
+            [],
+            [],
+            False,
+        )  # resumed: `train` goes on from a restored state
 
     def train(self, epochs: int | None = None, warmup_epochs: int | None = None) -> dict:
         """Trains to the end, or until `controls` stops it, and returns the results; again trains anew, on the
@@ -1168,7 +1171,7 @@ class AdaptiveSparseTrainer:
         self.apply_controls()
         batches = self.arrivals(self.train_source.stream(self.choose()))
         if self.gate.needs_views:
-            batches = packed(self.filter(batches), self.train_source.batch_size, self.tally)
+            batches = packed(filtered(self, batches), self.train_source.batch_size, self.tally)
         waiting = time.perf_counter()
         for batch in batches:
             self.tally.waited += time.perf_counter() - waiting
@@ -1223,18 +1226,6 @@ class AdaptiveSparseTrainer:
                 count_flops(self, batch)
                 yield batch
 
-    def filter(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """What a gate that needs views activates of each batch."""
-        for batch in batches:
-            chosen = batch
-            if self.rate < 1:
-                with self.ledger.charge("scoring"):
-                    views = Views(batch.indices, batch.images, batch.labels)
-                    indices, weights = self.gate.select(views, self.rate, self.generator)
-                    chosen = batch.rows(indices, weights)
-            self.emit("chunk", **decision(self, batch.indices, chosen.indices))
-            yield chosen
-
     def step(self, batch: Batch) -> None:
         """One step at the learning rate of the moment, counted and charged."""
         shape = learning_rate_shape(self.progress) * self.controls.values["learning_rate_factor"]
@@ -1268,10 +1259,6 @@ class AdaptiveSparseTrainer:
     def checkpoint(self) -> None:
         with self.ledger.charge("checkpoint"):
             self.save()
-
-    def autocast(self) -> torch.autocast:
-        """The run's mixed precision, as a context."""
-        return torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
 
     @property
     def epoch(self) -> int:
@@ -1308,7 +1295,8 @@ def begin(trainer: AdaptiveSparseTrainer, epochs: int | None, warmup_epochs: int
     given = {"epochs": epochs, "warmup_epochs": warmup_epochs}
     config = replace(trainer.config, **{name: value for name, value in given.items() if value is not None})
     trainer.schedule = Schedule.of(config, config.epochs or 10)
-    trainer.schedule.rates = [1.0] * trainer.schedule.epochs if trainer.full else trainer.rates
+    full = config.gate == "full" and isinstance(trainer.gate, RandomGate) and trainer.rates is None
+    trainer.schedule.rates = [1.0] * trainer.schedule.epochs if full else trainer.rates
     trainer.generator = torch.Generator().manual_seed(trainer.seed)
     trainer.train_source.generator.manual_seed(trainer.seed)
     trainer.ledger = Ledger(energy_meter(trainer.device))
@@ -1333,6 +1321,18 @@ def batch_length(held: int, size: int) -> int:
     if held >= 2 * size:
         return size
     return held if held <= size + 1 else math.ceil(held / 2)
+
+
+def filtered(trainer: AdaptiveSparseTrainer, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """What a gate that needs views activates of each batch."""
+    for batch in batches:
+        chosen = batch
+        if trainer.rate < 1:
+            with trainer.ledger.charge("scoring"):
+                views = Views(batch.indices, batch.images, batch.labels)
+                chosen = batch.rows(*trainer.gate.select(views, trainer.rate, trainer.generator))
+        trainer.emit("chunk", **decision(trainer, batch.indices, chosen.indices))
+        yield chosen
 
 
 def packed(batches: Iterable[Batch], size: int, tally: Tally) -> Iterator[Batch]:
@@ -1389,12 +1389,16 @@ def evaluate(trainer: AdaptiveSparseTrainer) -> float:
 
 def count_flops(trainer: AdaptiveSparseTrainer, batch: Batch) -> None:
     """FLOPs a sample of each mode, once, at nobody's cost. Raises BadInput for a model that does not fit."""
+    if trainer.flops:
+        return
+    began = time.perf_counter()
     with trainer.ledger.charge(None):
-        for mode in () if trainer.flops else ("evaluation", "training"):
+        for mode in ("evaluation", "training"):
             found = flops_per_sample(trainer.model, batch.images[:2], mode == "training", trainer.autocast)
             trainer.flops[mode], uncounted, logits = found
             check_outputs(logits, batch.labels)
             trainer.uncounted = sorted({*trainer.uncounted, *uncounted})
+    trainer.tally.waited -= time.perf_counter() - began  # that was no waiting for data
 
 
 # %% Rows and results tags=["shared", "fold"]
@@ -2389,18 +2393,18 @@ def check_unreadable(unreadable: dict[int, str], count: int) -> None:
         raise BadInput(f"{found}: expected at most 1 %; mend or remove them")
 
 
-def as_source(data: object, device: torch.device, batch_size: int, name: str) -> Source:
+def as_source(data: object, device: torch.device, batch_size: int | None, name: str) -> Source:
     """A source for a DataLoader, a map-style dataset or a pair of arrays; a source is taken as it is.
 
     Raises BadInput for a loader whose sampler would be lost, for what is none of these, and for no samples.
     """
     if isinstance(data, tuple | list) and len(data) == 2 and all(hasattr(part, "shape") for part in data):
-        data = ArraySource(*data, device, batch_size)
+        data = ArraySource(*data, device, batch_size or 64)
     elif not hasattr(data, "in_order"):
         if not isinstance(data, DataLoader):
             if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
                 raise BadInput(f"{name}, {type(data)}: expected a DataLoader, a dataset or two arrays")
-            data = DataLoader(data, batch_size=batch_size)
+            data = DataLoader(data, batch_size=batch_size or 64)
         sampler = data.sampler
         plain = isinstance(sampler, SequentialSampler | RandomSampler) and len(sampler) == len(data.dataset)
         if not plain or getattr(sampler, "replacement", False) or data.batch_size is None:
