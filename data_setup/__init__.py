@@ -1,14 +1,8 @@
-"""Fetch, make, check and pack the data sets that the programs in standalone/ train on.
-
-`python -m data_setup --help` shows the commands. `imagenet100 make` needs no torch; the others list, decode
-and download with the programs' own cells, so that training sees the very same index and pixels.
-"""
-
-VERSION = "1.0"
+"""Fetch, make, check and pack the data sets that the programs train on; `python -m data_setup --help`."""
 
 
 class BadInput(ValueError):
-    """Something a person can mend, in one sentence; the programs' own class of this name means the same."""
+    """Something a person can mend, in one sentence."""
 
     def __init__(self, sentence: str):
-        super().__init__(" ".join(str(sentence).splitlines()))
+        super().__init__(" ".join(sentence.splitlines()))

@@ -1,316 +1,273 @@
-"""`python -m data_setup`: what it makes, finds and packs, what it refuses, and what a kill, a full disk or a
-hostile archive does to it."""
+"""`python -m data_setup`: what it fetches, makes, finds and packs, what it refuses, and what a kill, a full
+disk, a bad mirror or a hostile archive does to it."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
 import json
 import os
-import random
 import re
 import resource
 import signal
 import subprocess
 import sys
 import tarfile
-import time
+import threading
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from data_setup import __main__ as command_line
-from data_setup import check, files, make, pack, programs
+from data_setup import cifar10, files, images, make, pack
 
 ROOT = Path(__file__).parents[1]
-DATA = ROOT.parent / "shared" / "data"
-MINI, FULL = DATA / "imagenet100-mini.zip", DATA / "imagenet-fullsize-200.zip"
-OUTPUTS = ["train_images.npy", "train_labels.npy", "val_images.npy", "val_labels.npy", "classes.json"]
 WNIDS = ["n01440764", "n01443537", "n02102040"]
-pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 
 @pytest.fixture
 def run(capsys):
-    """Runs a command in this process; returns its exit status, standard output and standard error."""
+    """Runs a command in this process; returns its report, with what it said meanwhile as "said"."""
 
-    def call(*arguments):
+    def call(*arguments, status=0):
         capsys.readouterr()
-        try:
-            status = command_line.main([str(argument) for argument in arguments])
-        except SystemExit as stop:  # argparse's own
-            status = stop.code
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return status, out, err
+        found = command_line.main([*map(str, arguments), "--json"])
+        out, said = capsys.readouterr()
+        assert found == status, out + said
+        return json.loads(out or "{}") | {"said": said}
 
     return call
 
 
 @pytest.fixture
 def refused(run):
-    """Runs a command that must be refused; returns the sentence, and sees that --json says the same."""
-
-    def call(*arguments):
-        status, out, err = run(*arguments)
-        assert status == 2, out + err
-        assert out == ""
-        sentence = err.strip().splitlines()[-1]
-        assert sentence.startswith("data_setup: ")
-        return sentence
-
-    return call
+    """Runs a command that must be refused; returns the sentence."""
+    return lambda *arguments: run(*arguments, status=2)["error"]
 
 
-def forked(work, tmp_path):
-    """Runs `work()` in a forked child; returns its exit status, -9 if killed, and its standard error."""
-    log = tmp_path / f"log-{time.monotonic_ns()}"
+def forked(line, prepare):
+    """Runs a command in a forked child, after `prepare()`; returns its exit status, -9 if killed."""
     child = os.fork()
     if child == 0:
-        sys.stdout = sys.stderr = log.open("w")
-        torch.set_num_threads(1)  # OpenMP's threads do not outlive a fork
         status = 1
         try:
-            status = work()
+            prepare()
+            status = command_line.main(list(map(str, line)))
         finally:
-            sys.stderr.flush()
             os._exit(status)
-    _, waited = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(waited), log.read_text()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def picture(seed, width=40, height=30):
-    return Image.fromarray(
-        np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8), "RGB"
-    )
+def die_at(count):
+    """From now on, the `count`-th file to reach the disk, or its name, kills this process instead."""
+    calls = iter(range(1, count + 1))
+
+    def call(function, *arguments, **keywords):
+        if next(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **keywords)
+
+    os.fsync, os.replace = functools.partial(call, os.fsync), functools.partial(call, os.replace)
 
 
 def jpeg(seed, width=40, height=30):
-    buffer = io.BytesIO()
-    picture(seed, width, height).save(buffer, "JPEG")
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer := io.BytesIO(), "JPEG")
     return buffer.getvalue()
 
 
-def write_tree(root, classes=("ant", "bee"), train=6, val=2, name="{}.jpg"):
-    """Class folders of JPEGs that all differ."""
-    for split, count in (("train", train), ("val", val)):
-        for place, key in enumerate(classes):
-            folder = root / split / key
-            folder.mkdir(parents=True)
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def write_tree(root, places=("train", "val"), counts=(6, 2)):
+    """Class folders of JPEGs that all differ, in each of `places`."""
+    for seed, (place, count) in enumerate(zip(places, counts, strict=True)):
+        for label, key in enumerate(("ant", "bee")):
             for number in range(count):
-                seed = number + 1000 * place + 100_000 * (split == "val")
-                (folder / name.format(number)).write_bytes(jpeg(seed, 40 + number, 30 + place))
+                content = jpeg(number + 1000 * label + 100_000 * seed, 40 + number, 30 + label)
+                write(root / place / key / f"{number}.jpg", content)
     return root
 
 
 def contents(folder):
-    """SHA-256 of every file below a folder."""
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    """Every file below a folder, and what is in it."""
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 
-def packed_bytes(folder):
-    return {name: (folder / name).read_bytes() for name in OUTPUTS}
+def zipped(tree, **others):
+    """The same in a .zip beside it, with other members after them."""
+    path = tree.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in (contents(tree) | others).items():
+            archive.writestr(name, content)
+    return path
 
 
-# The command line
+@pytest.mark.parametrize("words", ["", "cifar10", "imagenet100 make", "folder check"])
+def test_help_shows_an_example_at_every_level(capsys, words):
+    with pytest.raises(SystemExit) as stop:
+        command_line.main([*words.split(), "--help"])
+    assert not stop.value.code
+    assert f"    python -m data_setup {words}".rstrip() in capsys.readouterr().out
 
 
-def test_help_shows_examples_at_every_level(run):
-    for words in (
-        [],
-        ["cifar10"],
-        ["imagenet100"],
-        ["folder"],
-        ["imagenet100", "make"],
-        ["cifar10", "fetch"],
-    ):
-        status, out, _ = run(*words, "--help")
-        assert status == 0
-        assert f"python -m data_setup {' '.join(words)}".strip() in out
-        assert max(map(len, out.splitlines())) <= 110
-    for name in ("cifar10", "imagenet100", "folder"):
-        for command in ("check", "pack"):
-            assert f"data_setup {name} {command}" in run(name, command, "--help")[1]
+def test_it_runs_as_a_module_without_torch_and_without_the_programs(tmp_path):
+    line = ["folder", "pack", str(write_tree(tmp_path / "in")), "--side", "8", "--to", str(tmp_path / "out")]
+    code = f"import sys, data_setup.__main__ as m; m.main({line}); "
+    code += "sys.exit(not {'torch', 'cifar10_ast', 'imagenet100_ast'}.isdisjoint(sys.modules))"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    line = [sys.executable, "-m", "data_setup", "folder", "check", str(tmp_path / "in")]
+    found = subprocess.run(line, cwd=ROOT, capture_output=True, check=True)
+    assert b"train: 12 images, 6 a class" in found.stdout
 
 
-def test_it_runs_as_a_module_and_help_needs_no_torch(tmp_path):
-    code = "import sys, data_setup.__main__ as m\n"
-    code += "try: m.main(['--help'])\nexcept SystemExit: pass\nsys.exit('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr
-    write_tree(tmp_path / "in")
-    line = [sys.executable, "-m", "data_setup", "folder", "check", str(tmp_path / "in"), "--json"]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["images"] == {"train": 12, "val": 4}
+def test_what_cannot_be_read_or_written_is_one_sentence(run, refused, tmp_path):
+    source = write_tree(tmp_path / "in")
+    (tmp_path / "file").write_text("no folder")
+    for target in (tmp_path / "file" / "out", "/proc/nowhere"):  # the second is read-only even for root
+        assert f"{target}: " in refused(*pack_line(source, target))
+    found = run("folder", "check", tmp_path / "no\nwhere", status=2)
+    assert found["said"] == f"data_setup: {found['error']}\n"
+    assert "where: expected a folder or a whole .zip" in found["error"]
 
 
-def test_an_error_is_one_sentence_also_as_json(run, tmp_path):
-    status, out, err = run("folder", "check", tmp_path / "nowhere", "--json")
-    assert status == 2
-    assert json.loads(out)["error"] in err
-    assert "nowhere" in err
-    assert len(err.strip().splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--side", 0], "--side 0: expected 1 to"),
-        (["--workers", 0], "--workers 0: expected 1 to"),
-        (["--val-fraction", 1.5], "--val-fraction 1.5"),
-    ],
-)
-def test_numbers_out_of_range_are_refused(refused, tmp_path, flags, words):
-    for key in ("ant", "bee"):
-        (tmp_path / "in" / key).mkdir(parents=True)
-        for number in range(4):
-            (tmp_path / "in" / key / f"{number}.jpg").write_bytes(jpeg(number))
-    assert words in refused("folder", "pack", tmp_path / "in", "--to", tmp_path / "out", *flags)
-
-
-def test_ctrl_c_gives_130_and_leaves_what_can_be_resumed(run, tmp_path, monkeypatch):
-    source = write_tree(tmp_path / "in", train=60)
-    monkeypatch.setattr(pack, "BLOCK_BYTES", 10 * 8 * 8 * 3)
-    monkeypatch.setattr(pack, "COMMIT_SECONDS", 0)
-    commit, commits = pack.Packer.commit, []
-
-    def interrupted(*arguments):
-        commits.append(commit(*arguments))
-        if len(commits) == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(pack.Packer, "commit", interrupted)
-    line = ["folder", "pack", source, "--side", 8, "--to", tmp_path / "out"]
-    status, _, err = run(*line)
-    assert status == 130
-    assert "same command" in err
-    status, _, err = run(*line)
-    assert status == 0
-    assert "going on after 30 of" in err
+def test_ctrl_c_gives_130_and_the_same_command_goes_on(run, tmp_path, monkeypatch):
+    line = pack_line(write_tree(tmp_path / "in"), tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(pack, "finish", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert "same command" in run(*line, status=130)["said"]
+    assert "0 of 16 images to pack" in run(*line)["said"]
 
 
 # CIFAR-10
 
 
-def test_fetch_uses_the_programs_own_download(run, refused, cifar, tmp_path, monkeypatch):
-    content = b"cifar"
-    monkeypatch.setattr(cifar, "CIFAR10_MD5", hashlib.md5(content).hexdigest())
-    calls = []
+@pytest.fixture
+def mirrors(monkeypatch):
+    """A server whose mirrors differ in how they fail; `use(*kinds)` points `fetch` at them."""
+    archive = np.random.default_rng(0).bytes(60_000)
+    asked, outlasted, release = [], [], threading.Event()
 
-    def download(target, patient, say):
-        calls.append((target, patient))
-        target.write_bytes(content)
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
 
-    monkeypatch.setattr(cifar, "download", download)
-    status, out, _ = run("cifar10", "fetch", "--to", tmp_path / "new", "--json")
-    target = tmp_path / "new" / "cifar-10-python.tar.gz"
-    assert status == 0
-    assert json.loads(out)["downloaded"]
-    assert calls == [(target, True)]
-    assert not json.loads(run("cifar10", "fetch", "--to", tmp_path / "new", "--json")[1])["downloaded"]
+        def do_GET(self):
+            kind, span = self.path.strip("/"), self.headers["Range"].removeprefix("bytes=")
+            start = 0 if kind == "whole" else int(span.partition("-")[0])
+            if span != "0-0":  # with which `fetch` looks who is there
+                asked.append((kind, int(span[:-1])))
+            if kind == "silent":
+                outlasted.extend([] if release.wait(10) else [kind])
+            if kind == "missing" or start >= len(archive):
+                self.send_error(404 if kind == "missing" else 416)
+                return
+            body = (archive[::-1] if kind == "wrong" else archive)[start:]
+            self.send_response(200 if kind == "whole" else 206)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            body = body[: len(body) // {"stall": 3, "cut": 2}.get(kind, 1)]
+            step = 50 if kind == "crawl" else len(body)
+            with contextlib.suppress(OSError):  # who asks hangs up, as it should on a slow mirror
+                for index in range(0, len(body), step):
+                    self.wfile.write(body[index : index + step])
+                    if kind == "crawl" and release.wait(0.05):
+                        return
+                if kind == "stall" and span != "0-0":
+                    outlasted.extend([] if release.wait(10) else [kind])
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.setattr(cifar10, "MD5", hashlib.md5(archive).hexdigest())
+    monkeypatch.setattr(cifar10, "CONNECT_SECONDS", 1.0)
+    monkeypatch.setattr(cifar10, "STALL_SECONDS", 0.4)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+
+    def use(*kinds):
+        monkeypatch.setattr(cifar10, "MIRRORS", [f"{address}/{kind}" for kind in kinds])
+
+    yield SimpleNamespace(use=use, asked=asked, archive=archive)
+    release.set()
+    server.shutdown()
+    server.server_close()
+    assert not outlasted  # `fetch` leaves a mirror that says nothing; it is not the server that gives up
+
+
+def test_a_download_is_checked_kept_and_not_repeated(run, refused, tmp_path, mirrors):
+    mirrors.use("good")
+    target = tmp_path / "cifar-10-python.tar.gz"
+    assert [run("cifar10", "fetch", "--to", tmp_path)["downloaded"] for _ in range(2)] == [True, False]
+    assert mirrors.asked == [("good", 0)]
+    assert list(tmp_path.iterdir()) == [target]
+    assert run("cifar10", "check", tmp_path)["problems"] == []
     target.write_bytes(b"mine")
-    assert "--force" in refused("cifar10", "fetch", "--to", tmp_path / "new")
+    assert "another file than CIFAR-10" in refused("cifar10", "fetch", "--to", tmp_path)
     assert target.read_bytes() == b"mine"
-    assert len(calls) == 1
-    assert run("cifar10", "fetch", "--to", tmp_path / "new", "--force")[0] == 0
-    monkeypatch.setattr(cifar, "download", lambda *_: {"https://one.example/": "no answer"})
-    target.unlink()
-    assert "https://one.example/ (no answer)" in refused("cifar10", "fetch", "--to", tmp_path / "new")
+    assert "get it again" in run("cifar10", "check", target, status=1)["problems"][0]
 
 
-def cifar_archive(path, rows=12):
-    """A tiny cifar-10-python.tar.gz as published."""
-    import pickle
-
-    names = [f"data_batch_{index}" for index in range(1, 6)] + ["test_batch"]
-    with tarfile.open(path, "w:gz") as archive:
-        for seed, name in enumerate(names):
-            data = np.random.default_rng(seed).integers(0, 256, (rows, 3072), dtype=np.uint8)
-            batch = {b"data": data, b"labels": [i % 10 for i in range(rows)]}
-            content = pickle.dumps(batch, protocol=2)
-            member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return path
+CASES = [("good", 1000, [1000]), ("good", 60_000, [60_000]), ("whole", 1000, [1000])]
+CASES += [("good", b"rubbish", [7, 0]), ("good", b"rubbish" * 10_000, [70_000, 0])]
 
 
-def test_cifar10_is_checked_and_packed_from_its_archive(run, cifar, tmp_path):
-    archive = cifar_archive(tmp_path / "cifar-10-python.tar.gz")
-    status, out, _ = run("cifar10", "check", archive, "--json")
-    report = json.loads(out)
-    assert status == 1
-    assert report["images"] == {"train": 60, "val": 12}
-    assert report["sizes"]["width"] == {"min": 32, "median": 32, "max": 32}
-    assert any("from 5,000 images a class" in problem for problem in report["problems"])
-    assert run("cifar10", "pack", archive, "--to", tmp_path / "out")[0] == 0
-    wanted = cifar.read_path(archive, 0)
-    found = cifar.read_path(tmp_path / "out", 0)
-    for name in ("train_images", "train_labels", "val_images", "val_labels"):
-        assert np.array_equal(getattr(found, name), getattr(wanted, name))
-    assert found.classes == cifar.CIFAR10_CLASSES
-    assert run("cifar10", "pack", archive, "--to", tmp_path / "large", "--side", 48)[0] == 0
-    assert np.load(tmp_path / "large" / "val_images.npy").shape == (12, 48, 48, 3)
+@pytest.mark.parametrize(("kind", "part", "asked"), CASES)
+def test_a_download_goes_on_from_its_part_or_begins_anew(run, tmp_path, mirrors, kind, part, asked):
+    mirrors.use(kind)
+    content = mirrors.archive[:part] if isinstance(part, int) else part
+    (tmp_path / "cifar-10-python.tar.gz.part").write_bytes(content)
+    run("cifar10", "fetch", "--to", tmp_path)
+    assert [start for _, start in mirrors.asked] == asked
+    assert contents(tmp_path) == {"cifar-10-python.tar.gz": mirrors.archive}
 
 
-# The class lists
+@pytest.mark.parametrize("bad", ["wrong", "missing", "silent", "cut", "stall", "crawl"])
+def test_a_bad_mirror_is_left_for_the_next(run, tmp_path, mirrors, bad):
+    mirrors.use(bad, "good")
+    run("cifar10", "fetch", "--to", tmp_path)
+    kind, start = mirrors.asked[-1]
+    assert kind == "good"
+    assert bool(start) == (bad in ("cut", "stall", "crawl"))  # what a slow mirror sent is not fetched again
 
 
-def test_the_shipped_list_holds_a_hundred_classes_and_names_its_source():
-    classes = make.read_classes(make.CMC)
-    assert len(classes) == 100
-    assert all(re.fullmatch(r"n\d{8}", wnid) for wnid in classes)
-    assert "https://github.com/HobbitLong/CMC" in make.CMC.read_text()
+def test_a_slow_mirror_is_better_than_none(run, refused, tmp_path, mirrors, monkeypatch):
+    mirrors.use("wrong", "missing")
+    assert re.search(r"/wrong \(sent md5 .*/missing \(HTTP", refused("cifar10", "fetch", "--to", tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    opener = cifar10.urllib.request.urlopen
+    monkeypatch.setattr(cifar10.urllib.request, "urlopen", lambda asked, timeout: opener(asked, timeout=5))
+    monkeypatch.setattr(cifar10, "STALL_SECONDS", 1e-6)
+    monkeypatch.setattr(cifar10, "SPEEDS", (1e12, 0))
+    mirrors.use("good")
+    run("cifar10", "fetch", "--to", tmp_path)
+    assert [kind for kind, _ in mirrors.asked] == ["wrong", "wrong", "good", "good"]
 
 
-def test_class_lists_in_their_forms(tmp_path, refused):
-    path = tmp_path / "classes.txt"
-    path.write_text("# mine\n\nn01440764 tench, Tinca tinca\nn01443537\tgoldfish\n")
-    assert list(make.read_classes(path)) == ["n01440764", "n01443537"]
-    (tmp_path / "Labels.json").write_text(json.dumps({"n01440764": "tench, Tinca", "n01443537": "goldfish"}))
-    assert make.read_classes(tmp_path / "Labels.json")["n01440764"] == "tench, Tinca"
-    flags = ["imagenet100", "make", "--from", tmp_path, "--to", tmp_path.parent / "out", "--classes"]
-    for text in ("tench\ngoldfish\n", "n01440764\nn01440764\n", "n01440764\n", "", "n014407640\nn01443537\n"):
-        path.write_text(text)
-        assert str(path) in refused(*flags, path)
-    path.write_bytes(b"\xff\xfe\x00")
-    assert str(path) in refused(*flags, path)
-    assert "nowhere" in refused(*flags, tmp_path / "nowhere.txt")
-    (tmp_path / "Labels.json").write_text("[1, 2]")
-    assert "Labels.json" in refused(*flags, tmp_path / "Labels.json")
+def test_published_batches_are_known_by_their_md5s(run, tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    monkeypatch.setattr(CIFAR10, "train_list", [("data_batch_1", hashlib.md5(b"one").hexdigest())])
+    monkeypatch.setattr(CIFAR10, "test_list", [("test_batch", hashlib.md5(b"two").hexdigest())])
+    batches = write(tmp_path / "cifar-10-batches-py" / "data_batch_1", b"one").parent
+    assert "test_batch is not" in run("cifar10", "check", tmp_path, status=1)["problems"][0]
+    write(batches / "test_batch", b"two")
+    assert run("cifar10", "check", batches)["problems"] == []
 
 
 # Making ImageNet-100
-
-
-def train_name(wnid, number):
-    return f"{wnid}_{number}.JPEG"
-
-
-def write_ilsvrc(root, wnids=WNIDS, train=3, val=2):
-    """An ILSVRC-2012 of folders, its validation images flat, and their labels in a file."""
-    lines = []
-    for place, wnid in enumerate(wnids):
-        (root / "train" / wnid).mkdir(parents=True)
-        for number in range(train):
-            path = root / "train" / wnid / train_name(wnid, number)
-            path.write_bytes(jpeg(1000 * place + number))
-        for _ in range(val):
-            name = f"ILSVRC2012_val_{len(lines) + 1:08}.JPEG"
-            (root / "val").mkdir(exist_ok=True)
-            (root / "val" / name).write_bytes(jpeg(50_000 + len(lines)))
-            lines.append(f"{name} {wnid}")
-    (root / "val_labels.txt").write_text("\n".join(lines) + "\n")
-    return root
 
 
 def add(tar, name, content=b"", **fields):
@@ -321,680 +278,372 @@ def add(tar, name, content=b"", **fields):
     tar.addfile(member, io.BytesIO(content))
 
 
-def to_tars(tree, root):
-    """The same as the two published tars."""
-    root.mkdir()
-    with tarfile.open(root / "ILSVRC2012_img_train.tar", "w") as outer:
-        for folder in sorted((tree / "train").iterdir()):
-            buffer = io.BytesIO()
-            with tarfile.open(fileobj=buffer, mode="w") as inner:
-                for path in sorted(folder.iterdir()):
-                    add(inner, path.name, path.read_bytes())
-            add(outer, f"{folder.name}.tar", buffer.getvalue())
-    with tarfile.open(root / "ILSVRC2012_img_val.tar", "w") as tar:
-        for path in sorted((tree / "val").iterdir()):
-            add(tar, path.name, path.read_bytes())
-    (root / "val_labels.txt").write_bytes((tree / "val_labels.txt").read_bytes())
-    return root
+def write_tar(path, folder):
+    """A tar of the files in a folder, which then goes elsewhere."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in contents(folder).items():
+            add(tar, name, content)
+    folder.rename(path.parents[2] / f"old-{folder.name}")
 
 
 @pytest.fixture
-def two(tmp_path):
-    """A list of two of the three classes."""
-    path = tmp_path / "two.txt"
-    path.write_text("\n".join(WNIDS[:2]))
-    return path
+def ilsvrc(tmp_path):
+    """A small ILSVRC-2012 in folders, validation images flat; `line` makes the first two of three classes."""
+    tree, wanted, pairs = tmp_path / "a" / "b", {}, []
+    for label, wnid in enumerate(WNIDS):
+        for name in (f"{wnid}_{number}.JPEG" for number in range(3)):
+            wanted[f"train/{wnid}/{name}"] = jpeg(len(wanted))
+            write(tree / "train" / wnid / name, jpeg(len(wanted) - 1))
+        for name in (f"ILSVRC2012_val_{number + 1:08}.JPEG" for number in (2 * label, 2 * label + 1)):
+            wanted[f"val/{wnid}/{name}"] = jpeg(len(wanted))
+            write(tree / "val" / name, jpeg(len(wanted) - 1))
+            pairs.append((name, wnid))
+    (tree / "val_labels.txt").write_text("".join(f"{name} {wnid}\n" for name, wnid in pairs))
+    wanted = {name: content for name, content in wanted.items() if WNIDS[2] not in name}
+    target, listed = tmp_path / "out", tmp_path / "two.txt"
+    listed.write_text(f"# mine\n\n{WNIDS[0]} tench, Tinca tinca\n{WNIDS[1]}\tgoldfish\n")
+    line = ["imagenet100", "make", "--from", tree, "--to", target, "--classes", listed]
+    return SimpleNamespace(tree=tree, target=target, line=line, wanted=wanted, pairs=pairs)
 
 
-@pytest.fixture
-def wanted(tmp_path):
-    """What two classes of the small ILSVRC come to."""
-    tree = write_ilsvrc(tmp_path / "wanted-from")
-    made = {f"train/{w}/{p.name}": p for w in WNIDS[:2] for p in (tree / "train" / w).iterdir()}
-    for line in (tree / "val_labels.txt").read_text().splitlines():
-        name, wnid = line.split()
-        if wnid in WNIDS[:2]:
-            made[f"val/{wnid}/{name}"] = tree / "val" / name
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in made.items()}
+def rearrange(ilsvrc, form):
+    """Bring the small ILSVRC-2012 into another of the forms that people have it in."""
+    tree = ilsvrc.tree
+    if form == "val-folders":
+        for name, wnid in ilsvrc.pairs:
+            (tree / "val" / wnid).mkdir(exist_ok=True)
+            (tree / "val" / name).rename(tree / "val" / wnid / name)
+        (tree / "val_labels.txt").unlink()
+    elif form == "kaggle":
+        (tree / "ILSVRC" / "Data" / "CLS-LOC").mkdir(parents=True)
+        for split in ("train", "val"):
+            (tree / split).rename(tree / "ILSVRC" / "Data" / "CLS-LOC" / split)
+        rows = [f"{name.removesuffix('.JPEG')},{wnid} 1 2 3 4" for name, wnid in ilsvrc.pairs]
+        (tree / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *rows]))
+        (tree / "val_labels.txt").unlink()
+    elif "tars" in form:
+        for wnid in WNIDS:
+            write_tar(tree / "train" / f"{wnid}.tar", tree / "train" / wnid)
+        write_tar(tree / make.VAL_TAR, tree / "val")
+        if form == "tars":
+            write_tar(tree / make.TRAIN_TAR, tree / "train")
 
 
-def test_make_from_folders_tars_and_kaggles_tree_gives_the_same(run, tmp_path, two, wanted):
-    tree = write_ilsvrc(tmp_path / "tree")
-    tars = to_tars(tree, tmp_path / "tars")
-    kaggle = tmp_path / "kaggle"
-    write_ilsvrc(kaggle / "ILSVRC" / "Data" / "CLS-LOC")
-    labels = (kaggle / "ILSVRC" / "Data" / "CLS-LOC" / "val_labels.txt").rename(kaggle / "labels")
-    lines = ["ImageId,PredictionString"]
-    lines += [line.replace(".JPEG ", ",") + " 1 2 3 4" for line in labels.read_text().splitlines()]
-    (kaggle / "LOC_val_solution.csv").write_text("\n".join(lines))
-    foldered = write_ilsvrc(tmp_path / "foldered")
-    for line in (foldered / "val_labels.txt").read_text().splitlines():
-        name, wnid = line.split()
-        (foldered / "val" / wnid).mkdir(exist_ok=True)
-        (foldered / "val" / name).rename(foldered / "val" / wnid / name)
-    (foldered / "val_labels.txt").unlink()
-    for source in (tree, tars, kaggle, foldered):
-        target = tmp_path / "out" / source.name
-        line = ["imagenet100", "make", "--from", source, "--classes", two, "--to", target]
-        status, out, err = run(*line, "--json")
-        assert status == 0, err
-        assert contents(target) == wanted
-        report = json.loads(out)
-        assert report["images"] == {"train": 6, "val": 4}
-        assert report["skipped"] == []
-        assert sorted(os.listdir(target)) == ["train", "val"]
-    listed = programs.imagenet100().list_images(target)
-    assert listed.keys == WNIDS[:2]
+@pytest.mark.parametrize("form", "copy hardlink symlink tars class-tars kaggle val-folders".split())
+def test_make_from_every_form_gives_the_same(run, ilsvrc, form):
+    how = form if form in make.LINKS else "copy"
+    rearrange(ilsvrc, form)
+    found = run(*ilsvrc.line, "--how", how)
+    assert found["images"] == {"train": 6, "val": 4}
+    assert found["problems"][1].startswith("2 classes have not 732 to 1,300 train images")
+    assert contents(ilsvrc.target) == ilsvrc.wanted
+    one = (ilsvrc.target / "train" / WNIDS[0] / f"{WNIDS[0]}_0.JPEG").lstat()
+    assert (os.path.stat.S_ISLNK(one.st_mode), one.st_nlink == 2) == (how == "symlink", how == "hardlink")
 
 
-@pytest.mark.parametrize("how", ["hardlink", "symlink"])
-def test_make_can_link(run, tmp_path, two, wanted, how):
-    tree = write_ilsvrc(tmp_path / "tree")
-    target = tmp_path / "out"
-    assert run("imagenet100", "make", "--from", tree, "--classes", two, "--to", target, "--how", how)[0] == 0
-    assert contents(target) == wanted
-    one = target / "train" / WNIDS[0] / train_name(WNIDS[0], 0)
-    assert one.samefile(tree / one.relative_to(target))
-    assert one.is_symlink() == (how == "symlink")
+def test_make_keeps_names_of_classes_and_what_exists(run, refused, ilsvrc, tmp_path):
+    (tmp_path / "list.json").write_text(json.dumps({wnid: f"name of {wnid}, and more" for wnid in WNIDS}))
+    run(*ilsvrc.line[:-1], tmp_path / "list.json")
+    assert images.Images(ilsvrc.target).classes == [f"name of {wnid}" for wnid in WNIDS]
+    before = contents(ilsvrc.target)
+    assert "holds train" in refused(*ilsvrc.line)
+    assert contents(ilsvrc.target) == before
 
 
-def test_make_tells_counts_against_what_is_expected(run, tmp_path, two):
-    tree = write_ilsvrc(tmp_path / "tree", val=50)
-    (tree / "Labels.json").write_text(json.dumps({wnid: f"name of {wnid}" for wnid in WNIDS}))
-    target = tmp_path / "out"
-    line = ["imagenet100", "make", "--from", tree, "--classes", tree / "Labels.json", "--to", target]
-    status, out, _ = run(*line)
-    assert status == 0
-    assert "ILSVRC-2012 has 732 to 1,300 a class" in out
-    assert "3 classes of 3  <- not as in ILSVRC-2012" in out
-    assert "3 classes of 50\n" in out
-    assert programs.imagenet100().list_images(target).classes == [f"name of {wnid}" for wnid in WNIDS]
-
-
-def test_make_keeps_what_exists_and_force_replaces_only_its_own(run, refused, tmp_path, two, wanted):
-    tree, target = write_ilsvrc(tmp_path / "tree"), tmp_path / "out"
-    (target / "train").mkdir(parents=True)
-    (target / "train" / "mine.txt").write_text("mine")
-    (target / "notes.txt").write_text("mine too")
-    line = ["imagenet100", "make", "--from", tree, "--classes", two, "--to", target]
-    before = contents(target)
-    assert "holds train" in refused(*line)
-    assert contents(target) == before
-    assert run(*line, "--force")[0] == 0
-    assert contents(target) == wanted | {"notes.txt": before["notes.txt"]}
-
-
-def test_make_goes_on_after_a_kill_at_any_rename(run, tmp_path, two, wanted):
+@pytest.mark.parametrize("form", ["val-folders", "tars"])
+def test_make_goes_on_after_a_kill_at_any_rename(ilsvrc, form):
     """Killed at the 1st, 2nd, ... file that would get its name, until one make gets through."""
-    tree = write_ilsvrc(tmp_path / "tree")
-    tars = to_tars(tree, tmp_path / "tars")
-    for source in (tree, tars):
-        target = tmp_path / "out" / source.name
-        line = ["imagenet100", "make", "--from", source, "--classes", two, "--to", target, "--workers", 1]
-        for count in range(1, 100):
-
-            def work(line=line, count=count):
-                die_at(count, "replace")
-                return command_line.main(list(map(str, line)))
-
-            status, log = forked(work, tmp_path)
-            if status == 0:
-                break
-            assert status == -signal.SIGKILL, log
-            assert not (target / "train").exists() or not (target / "train.part").exists()
-        else:
-            pytest.fail("never done")
-        assert contents(target) == wanted
-        assert sorted(os.listdir(target)) == ["train", "val"]
+    rearrange(ilsvrc, form)
+    for count in range(1, 100):
+        status = forked(ilsvrc.line, functools.partial(die_at, count))
+        if status != -signal.SIGKILL:
+            break
+    assert (status, count > 5) == (0, True)
+    assert contents(ilsvrc.target) == ilsvrc.wanted
 
 
-def die_at(count, *names):
-    """From now on, the `count`-th call of any of these functions of `os` kills this process instead."""
-    calls = iter(range(1, count + 1))
-
-    def deadly(function):
-        def call(*arguments, **keywords):
-            if next(calls) == count:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments, **keywords)
-
-        return call
-
-    for name in names:
-        setattr(os, name, deadly(getattr(os, name)))
+def test_what_an_unfinished_make_put_wrongly_is_taken_out(run, ilsvrc, tmp_path):
+    (tmp_path / "wrong.txt").write_text("\n".join(WNIDS[1:]))
+    (tmp_path / "labels.txt").write_text(f"ILSVRC2012_val_00000001.JPEG {WNIDS[1]}\n")
+    line = [*ilsvrc.line[:-1], tmp_path / "wrong.txt", "--val-labels", tmp_path / "labels.txt"]
+    run(*line, status=2)  # no validation image of the third class
+    assert f"make.part/val/{WNIDS[1]}/ILSVRC2012_val_00000001.JPEG" in contents(ilsvrc.target)
+    run(*ilsvrc.line)
+    assert contents(ilsvrc.target) == ilsvrc.wanted
 
 
-def test_an_unfinished_make_of_other_classes_is_refused(run, refused, tmp_path, two):
-    tree, target = write_ilsvrc(tmp_path / "tree"), tmp_path / "out"
-    line = ["imagenet100", "make", "--from", tree, "--to", target, "--workers", 1, "--classes"]
-
-    def work():
-        die_at(4, "replace")
-        return command_line.main(list(map(str, [*line, two])))
-
-    assert forked(work, tmp_path)[0] == -signal.SIGKILL
-    three = tmp_path / "three.txt"
-    three.write_text("\n".join(WNIDS))
-    assert "another classes" in refused(*line, three)
-    assert run(*line, three, "--force")[0] == 0
-    assert sorted(os.listdir(target / "train")) == WNIDS
-
-
-def test_hostile_tars_write_nothing_outside_and_are_named(run, tmp_path, two, monkeypatch):
-    tree = write_ilsvrc(tmp_path / "tree")
-    tars = to_tars(tree, tmp_path / "tars")
+def test_hostile_tars_write_nothing_but_plain_images_inside(run, ilsvrc, tmp_path, monkeypatch):
+    rearrange(ilsvrc, "tars")
     monkeypatch.setattr(make, "LARGEST_IMAGE", 10_000)
-    good = {number: jpeg(number) for number in range(2)}
-    outer = tars / "ILSVRC2012_img_train.tar"
-    with tarfile.open(outer, "w") as archive:
+    with tarfile.open(ilsvrc.tree / make.TRAIN_TAR, "w") as archive:
         for wnid in WNIDS[:2]:
             buffer = io.BytesIO()
             with tarfile.open(fileobj=buffer, mode="w") as inner:
-                for number, content in good.items():
-                    add(inner, train_name(wnid, number), content)
-                add(inner, f"/tmp/{train_name(wnid, 7)}", b"absolute")
-                add(inner, f"../../../{train_name(wnid, 8)}", b"above")
-                add(inner, f"..\\{train_name(wnid, 8)}", b"above, on Windows")
-                add(inner, train_name(wnid, 9), type=tarfile.SYMTYPE, linkname="/etc/passwd")
-                add(inner, train_name(wnid, 10), type=tarfile.LNKTYPE, linkname="/etc/passwd")
-                add(inner, train_name(wnid, 11), type=tarfile.CHRTYPE, devmajor=1, devminor=5)
-                add(inner, train_name(wnid, 12), type=tarfile.FIFOTYPE)
-                add(inner, train_name(wnid, 0).lower(), b"another case")
-                add(inner, train_name(wnid.upper(), 0), b"another case")
-                add(inner, train_name(wnid, 0), b"again")
-                add(inner, train_name(wnid, 13), bytes(20_000))
-                add(inner, train_name("n09999999", 1), b"another class")
-                add(inner, "n01440764_1.JPEG\0.txt", b"cut short")
+                add(inner, f"{wnid}_1.JPEG", jpeg(1))
+                for before in ("/tmp/", "../../../", "..\\", "./", "x/"):
+                    add(inner, f"{before}{wnid}_2.JPEG", b"elsewhere")
+                for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
+                    add(inner, f"{wnid}_{ord(kind)}.JPEG", type=kind, linkname="/etc/passwd")
+                add(inner, f"{wnid}_7.JPEG", bytes(20_000))
+                for name in (f"{wnid}_8.jpeg", "n09999999_1.JPEG", f"{wnid}_9.JPEG\n"):
+                    add(inner, name, b"another form")
             add(archive, f"{wnid}.tar", buffer.getvalue())
         add(archive, "../evil.tar", b"x")
-        add(archive, f"{WNIDS[2]}.tar", type=tarfile.SYMTYPE, linkname="/etc/passwd")
-    before = contents(tmp_path)
-    target = tmp_path / "out"
-    status, out, err = run("imagenet100", "make", "--from", tars, "--classes", two, "--to", target, "--json")
-    assert status == 0, err
-    after = contents(tmp_path)
-    new = sorted(set(after) - set(before))
-    assert [name for name in new if "train" in name] == [
-        f"out/train/{wnid}/{train_name(wnid, number)}" for wnid in WNIDS[:2] for number in range(2)
-    ]
+        add(archive, f"{WNIDS[0]}.tar", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+    before = contents(tmp_path).keys()
+    run(*ilsvrc.line)
+    new = contents(tmp_path).keys() - before
+    assert {name for name in new if "/val/" not in name} == {f"out/train/{w}/{w}_1.JPEG" for w in WNIDS[:2]}
     assert all(name.startswith("out/") for name in new)
-    assert {name: after[name] for name in before} == before
-    skipped = "\n".join(json.loads(out)["skipped"])
-    for words in (
-        "'/tmp/",
-        "'../../../",
-        "no plain file",
-        "comes twice",
-        "20,000 bytes",
-        "another class",
-        "evil",
-    ):
-        assert words in skipped
 
 
-def test_damaged_tars_are_refused(refused, tmp_path, two):
-    tars = to_tars(write_ilsvrc(tmp_path / "tree"), tmp_path / "tars")
-    outer = tars / "ILSVRC2012_img_train.tar"
-    line = ["imagenet100", "make", "--from", tars, "--classes", two, "--to", tmp_path / "out"]
-    whole = outer.read_bytes()
-    for damaged in (whole[:700], whole[:4000], b"", b"no tar" * 1000, whole[:1024] + b"\xff" * 20_000):
-        outer.write_bytes(damaged)
-        assert "ILSVRC2012_img_train.tar" in refused(*line)
-        assert not (tmp_path / "out" / "train").exists()
-    import gzip
-
-    outer.write_bytes(gzip.compress(whole))
-    assert "uncompressed" in refused(*line)
+@pytest.mark.parametrize("keep", [0, 700, 4000, 8000])
+@pytest.mark.parametrize("rest", [b"", b"\xff" * 20_000, b"\x1f\x8b"])
+@pytest.mark.parametrize("name", [make.TRAIN_TAR, make.VAL_TAR])
+def test_damaged_tars_are_refused(refused, ilsvrc, keep, rest, name):
+    rearrange(ilsvrc, "tars")
+    path = ilsvrc.tree / name
+    path.write_bytes(path.read_bytes()[:keep] + rest)
+    assert re.search(rf"{name}.*: expected a whole, uncompressed tar", refused(*ilsvrc.line))
+    assert not (ilsvrc.target / "train").exists()
 
 
-def test_what_make_needs_is_said(refused, tmp_path, two):
-    tree, target = write_ilsvrc(tmp_path / "tree"), tmp_path / "out"
-    line = ["imagenet100", "make", "--classes", two, "--to", target, "--from"]
-    assert "no such folder" in refused(*line, tmp_path / "nowhere")
-    assert "holds neither" in refused(*line, tree / "val")
-
-    labels = (tree / "val_labels.txt").rename(tree / "other.txt")
-    assert "--val-labels FILE" in refused(*line, tree)
-    truth = tree / "ILSVRC2012_validation_ground_truth.txt"
-    truth.write_text("490\n361\n171\n")
-    assert "its numbers are no wnids" in refused(*line, tree, "--val-labels", truth)
-    labels.write_text("\n".join(text for text in labels.read_text().splitlines() if WNIDS[0] not in text))
-    assert f"no val image of {WNIDS[0]}" in refused(*line, tree, "--val-labels", labels)
-    for inside in (tree, tree / "train", tree / "val" / "mine"):
-        line_inside = ["imagenet100", "make", "--classes", two, "--from", tree, "--to", inside, "--force"]
-        assert "is or lies in what is read" in refused(*line_inside)
+def test_what_make_needs_is_said(refused, ilsvrc, tmp_path):
+    tree, line = ilsvrc.tree, ["imagenet100", "make", *ilsvrc.line[4:], "--from"]
+    for inside in (tree / "train", tree / "val" / "mine"):
+        assert "is or lies in what is read" in refused(*ilsvrc.line, "--to", inside)
+    assert "no such folder" in refused(*line, tree / "nowhere")
+    assert "not found in it" in refused(*line, tree / "val")
     (tree / "train" / WNIDS[0]).rename(tree / "train" / "n00000000")
-    assert f"no training images of {WNIDS[0]}" in refused(*line, tree)
+    assert f"no train image of {WNIDS[0]}" in refused(*line, tree)
+    (tree / "train" / "n00000000").rename(tree / "train" / WNIDS[0])
+    (tree / "val_labels.txt").write_text("490\n361\n171\n")
+    assert "are no wnids" in refused(*line, tree)
+    (tree / "val_labels.txt").unlink()
+    assert f"no val image of {WNIDS[0]}" in refused(*line, tree, "--to", tmp_path / "new")
+    for text in ("tench\ntrout", WNIDS[0], "", "n014407640\nn01443537", "\xff\xfe\0"):
+        (tmp_path / "two.txt").write_text(text, encoding="latin1")
+        assert f"--classes {tmp_path}/two.txt: " in refused(*line, tree)
+    assert len(make.read_classes(make.CMC)) == 100
 
 
-# Checking
+LAYOUTS = ["train val", "Training validation", "train val test", "train.X1 train.X2 val.X"]
+LAYOUTS += ["deep/train deep/test", ".", "deep"]
 
 
-def test_a_clean_folder_gives_0_and_its_figures(run, tmp_path):
-    source = write_tree(tmp_path / "in")
-    status, out, _ = run("folder", "check", source)
-    assert status == 0
-    assert "no problems found" in out
-    report = json.loads(run("folder", "check", source, "--json")[1])
-    assert report["counts"] == {"train": {"ant": 6, "bee": 6}, "val": {"ant": 2, "bee": 2}}
-    assert report["sizes"]["width"] == {"min": 40, "median": 41, "max": 45}
-    assert report["sizes"]["height"] == {"min": 30, "median": 30, "max": 31}
+@pytest.mark.parametrize("packing", ["folder", "zip"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_program_finds_the_same_samples_also_packed(run, imagenet, tmp_path, layout, packing):
+    places = layout.split()
+    tree = write_tree(tmp_path / "in", places, (9, 2, 3)[: len(places)])
+    (tree / places[0] / "ant" / "notes.txt").write_text("no image")
+    (tree / places[0] / ".hidden").mkdir()
+    above = places[0].rpartition("/")[0] if len(places) > 1 else places[0]
+    (tree / above / "Labels.json").write_text(json.dumps({"ant": "crane, bird", "bee": "crane"}))
+    path = zipped(tree) if packing == "zip" else tree
+    run(*pack_line(path, tmp_path / "out"))
+    found = images.Images(path)
+    for place in (path, tmp_path / "out"):
+        words = {"weights": "none", "model": "resnet18", "image_size": 32, "out": "runs"}
+        data = imagenet.load_data(imagenet.Settings(data=str(place), **words), print)
+        assert data.classes == found.classes == ["crane (ant)", "crane (bee)"]
+        assert data.train_labels.tolist() == found.labels["train"].tolist()
+        assert data.val_labels.tolist() == found.labels["val"].tolist()
+        if place == path:
+            assert [list(data.train_images.names), list(data.val_images.names)] == list(found.names.values())
 
 
-def damage(source):
-    """Puts one of each kind of damage into a tree; returns the names of what cannot be read."""
-    train = source / "train" / "ant"
-    (train / "0.jpg").write_bytes(b"")
-    (train / "1.jpg").write_bytes((train / "1.jpg").read_bytes()[:300])
-    (train / "2.jpg").write_bytes(b"<html>not found</html>")
-    return [f"train/ant/{number}.jpg" for number in range(3)]
+def test_bad_folders_are_refused_by_name(refused, tmp_path):
+    tree, check = write_tree(tmp_path / "in"), ["folder", "check"]
+    (tree / "Labels.json").write_text("[1, 2]")
+    assert "Labels.json: expected {folder: name}" in refused(*check, tree)
+    (tree / "Labels.json").unlink()
+    assert "no known form" in refused(*check, tree / "train" / "ant")
+    assert "ant has no image for train" in refused(*check, write_tree(tmp_path / "few", [""], [1]))
+    assert "--val-fraction 1.5: expected" in refused(*check, tree / "train", "--val-fraction", 1.5)
+    (tree / "train" / "cow").mkdir()
+    assert "class cow in only one of train and val" in refused(*check, tree)
+    (tree / "val" / "cow").mkdir()
+    assert "class cow has no image for train" in refused(*check, tree)
+    path = zipped(tree)
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "whole .zip" in refused(*check, path)
 
 
-def test_check_finds_each_kind_of_problem(run, tmp_path):
-    source = write_tree(tmp_path / "in", train=9)
-    broken = damage(source)
-    train, val = source / "train", source / "val"
+def test_check_finds_each_kind_of_problem(run, capsys, tmp_path):
+    source = write_tree(tmp_path / "in", counts=(9, 2))
+    found = run("folder", "check", source)
+    assert found["problems"] == []
+    assert found["counts"] == {"train": {"ant": 9, "bee": 9}, "val": {"ant": 2, "bee": 2}}
+    assert found["short_side"] == {"min": 30, "median": 30, "max": 31}
+    train, val, tall = source / "train", source / "val", jpeg(77, 40, 400)
+    broken = [b"", jpeg(1)[:300], b"<html>", tall[: int(0.8 * len(tall))]]  # the last whole in its centre
+    for number, content in enumerate(broken):
+        (train / "ant" / f"{number}.jpg").write_bytes(content)
     (train / "ant" / "copy.jpg").write_bytes((train / "ant" / "4.jpg").read_bytes())
     (val / "bee" / "leak.jpg").write_bytes((train / "bee" / "4.jpg").read_bytes())
     (train / "bee" / "other.jpg").write_bytes((train / "ant" / "5.jpg").read_bytes())
-    status, out, _ = run("folder", "check", source, "--json")
-    assert status == 1
-    report = json.loads(out)
-    assert [item["file"] for item in report["unreadable"]] == broken
-    assert report["duplicates"] == [["train/ant/4.jpg", "train/ant/copy.jpg"]]
-    assert report["leakage"] == [["train/bee/4.jpg", "val/bee/leak.jpg"]]
-    assert report["conflicting_labels"] == [["train/ant/5.jpg", "train/bee/other.jpg"]]
-    assert len(report["problems"]) == 4
-    status, out, _ = run("folder", "check", source)
-    assert status == 1
-    assert out.count("PROBLEM: ") == 4
-    assert "refuses more than 1 %" in out
+    found = run("cifar10", "check", source, status=1)
+    assert [item["file"][-5:] for item in found["unreadable"]] == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
+    assert found["duplicates"] == [["train/ant/4.jpg", "train/ant/copy.jpg"]]
+    assert found["leakage"] == [["train/bee/4.jpg", "val/bee/leak.jpg"]]
+    assert found["conflicting_labels"] == [["train/ant/5.jpg", "train/bee/other.jpg"]]
+    assert "refuses more than 1 %" in found["problems"][0]
+    assert found["problems"][4] == "2 classes, cifar10 has 10"
+    assert command_line.main(["folder", "check", str(source)]) == 1
+    assert capsys.readouterr().out.count("PROBLEM: ") == 4
 
 
-def test_check_sees_damage_below_the_centre(run, tmp_path):
-    source = write_tree(tmp_path / "in")
-    whole = jpeg(77, 40, 400)
-    (source / "train" / "ant" / "tall.jpg").write_bytes(whole[: int(0.8 * len(whole))])
-    report = json.loads(run("folder", "check", source, "--json")[1])
-    assert [item["file"] for item in report["unreadable"]] == ["train/ant/tall.jpg"]
-
-
-def test_one_folder_of_classes_is_split_by_the_fraction(run, tmp_path):
-    for key in ("ant", "bee"):
-        (tmp_path / "in" / key).mkdir(parents=True)
-        for number in range(10):
-            (tmp_path / "in" / key / f"{number}.jpg").write_bytes(jpeg(number + 100 * (key == "bee")))
-    out = run("folder", "check", tmp_path / "in", "--val-fraction", 0.3, "--json")[1]
-    assert json.loads(out)["images"] == {"train": 14, "val": 6}
-
-
-def test_check_reads_a_zip_and_writes_nothing_by_its_names(run, tmp_path):
-    source = write_tree(tmp_path / "in")
-    archive = tmp_path / "in.zip"
-    with zipfile.ZipFile(archive, "w") as file:
-        for path in sorted(source.rglob("*.jpg")):
-            file.write(path, path.relative_to(source).as_posix())
-        for name in ("../evil.jpg", "/evil.jpg", "train/ant/../../../evil.jpg", "C:\\evil.jpg"):
-            file.writestr(name, jpeg(1))
+def test_a_hostile_zip_writes_nothing_and_bombs_are_unreadable_images(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "LARGEST_FILE", 100_000)
+    names = ("../evil.jpg", "/evil.jpg", "train/ant/../../../evil.jpg", "C:\\evil.jpg")
+    bombs = dict.fromkeys(("train/ant/bomb.jpg", "val/bee/bomb.jpg"), bytes(10_000_000))
+    others = dict.fromkeys(names, jpeg(1)) | bombs
+    archive = zipped(write_tree(tmp_path / "in"), **others)
     before = contents(tmp_path)
-    status, _, err = run("folder", "check", archive, "--json")
-    assert status in (0, 1), err
+    found = run("folder", "check", archive, status=1)
+    reason = "10,000,000 bytes, more than 100,000"
+    assert found["unreadable"] == [{"file": name, "reason": reason} for name in bombs]
+    assert found["images"] == {"train": 13, "val": 5}
+    assert len(found["problems"]) == 1
     assert contents(tmp_path) == before
-    assert not list(tmp_path.parent.glob("evil*"))
-    assert run("folder", "pack", archive, "--to", tmp_path / "out", "--side", 8)[0] in (0, 2)
-    assert {path.name for path in tmp_path.iterdir()} == {"in", "in.zip", "out"}
-
-
-def test_a_zip_bomb_is_one_unreadable_image(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(programs.imagenet100(), "LARGEST_FILE", 100_000)
-    source, archive = write_tree(tmp_path / "in"), tmp_path / "in.zip"
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
-        for path in sorted(source.rglob("*.jpg")):
-            file.write(path, path.relative_to(source).as_posix())
-        file.writestr("train/ant/bomb.jpg", bytes(10_000_000))
-    report = json.loads(run("folder", "check", archive, "--json")[1])
-    assert [item["file"] for item in report["unreadable"]] == ["train/ant/bomb.jpg"]
-    archive.write_bytes(archive.read_bytes()[:-100])
-    assert run("folder", "check", archive)[0] == 2
 
 
 # Packing
 
 
-def test_a_pack_holds_what_the_program_would_decode(run, tmp_path):
-    program = programs.imagenet100()
-    source = write_tree(tmp_path / "in")
-    status, out, err = run("folder", "pack", source, "--to", tmp_path / "out", "--side", 16, "--json")
-    assert status == 0, err
-    listing = program.list_images(source)
-    for split, (names, labels) in listing.splits.items():
-        images = np.load(tmp_path / "out" / f"{split}_images.npy", mmap_mode="r")
-        assert images.dtype == np.uint8
-        assert images.shape == (len(names), 16, 16, 3)
-        found = np.load(tmp_path / "out" / f"{split}_labels.npy")
-        assert found.dtype == np.int64
-        assert np.array_equal(found, labels)
-        for name, image in zip(names, images, strict=True):
-            box = functools.partial(program.centre_box, share=1)
-            assert np.array_equal(image, program.decode((source / name).read_bytes(), 16, box))
-    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == listing.classes
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["names"]["train"] == listing.splits["train"][0]
-    for name, facts in manifest["files"].items():
-        assert hashlib.sha256((tmp_path / "out" / name).read_bytes()).hexdigest() == facts["sha256"]
-    assert sorted(os.listdir(tmp_path / "out")) == sorted([*OUTPUTS, "manifest.json"])
-    assert "names" not in json.loads(out)
-    assert "to write" in err
-    assert "free at" in err
+def pack_line(source, target, *flags):
+    return ["folder", "pack", str(source), "--to", str(target), "--side", "16", *flags]
 
 
-def test_packed_arrays_can_be_checked_and_packed_again(run, tmp_path):
-    source, out = write_tree(tmp_path / "in"), tmp_path / "out"
-    assert run("folder", "pack", source, "--to", out, "--side", 16)[0] == 0
-    assert run("folder", "check", out)[0] == 0
-    assert run("folder", "pack", out, "--to", tmp_path / "small", "--side", 8)[0] == 0
-    assert np.load(tmp_path / "small" / "val_images.npy").shape == (4, 8, 8, 3)
-    with (out / "val_images.npy").open("r+b") as file:
-        file.seek(500)
-        file.write(b"\1\2\3")
-    status, text, _ = run("folder", "check", out)
-    assert status == 1
-    assert "val_images.npy is not what was packed" in text
+def packed(folder):
+    """The files of a pack, less the one that tells of its source and its date."""
+    found = contents(folder)
+    assert sorted(found) == sorted(pack.OUTPUTS)
+    return {name: found[name] for name in pack.OUTPUTS[:-1]}
 
 
-def test_the_number_of_threads_changes_no_byte(run, tmp_path):
-    source = write_tree(tmp_path / "in", train=40)
-    for workers in (1, 7):
-        line = ["folder", "pack", source, "--to", tmp_path / str(workers), "--side", 8, "--workers", workers]
-        assert run(*line)[0] == 0
-    assert packed_bytes(tmp_path / "1") == packed_bytes(tmp_path / "7")
+def test_a_pack_holds_the_upright_centre_of_every_format(run, tmp_path):
+    pixels, exif = np.zeros((60, 120, 3), dtype=np.uint8), Image.Exif()
+    pixels[:, 40:60], pixels[:, 60:80] = (200, 40, 40), (40, 40, 200)  # left and right of the centre
+    upright = Image.fromarray(pixels)
+    exif[0x0112] = 6  # turn it right to see it upright
+    source = write_tree(tmp_path / "in", counts=(1, 1))
+    ant = source / "val" / "ant"
+    upright.save(ant / "a.png")
+    upright.resize((1200, 600)).save(ant / "b.jpg", quality=95)  # decoded at an eighth
+    upright.transpose(Image.Transpose.ROTATE_90).save(ant / "c.jpg", exif=exif, quality=95)
+    upright.convert("P").save(ant / "d.gif")
+    upright.save(ant / "e.webp", lossless=True)
+    upright.convert("CMYK").save(ant / "f.jpg", quality=95)
+    grey = np.repeat(np.linspace(0, 65535, 60).astype(np.uint16)[:, None], 60, axis=1)
+    Image.fromarray(grey).save(ant / "g.png")
+    run(*pack_line(source, tmp_path / "out"))
+    found = np.load(tmp_path / "out" / "val_images.npy", mmap_mode="r")
+    assert (found.dtype, found.shape) == (np.uint8, (9, 16, 16, 3))
+    for picture in found[1:7].astype(int):
+        assert np.abs(picture[:, 3:7] - (200, 40, 40)).max() < 30
+        assert np.abs(picture[:, 9:13] - (40, 40, 200)).max() < 30
+    assert np.abs(found[7, :, 8, 0] - np.linspace(8, 247, 16)).max() < 10
 
 
-def test_unreadable_images_leave_no_hole(run, refused, tmp_path):
-    source = write_tree(tmp_path / "in", train=60, val=2)
-    (source / "train" / "ant" / "7.jpg").write_bytes(b"damaged")
-    status, out, err = run("folder", "pack", source, "--to", tmp_path / "out", "--side", 8, "--json")
-    assert status == 0, err
-    assert [item["file"] for item in json.loads(out)["unreadable"]] == ["train/ant/7.jpg"]
-    images = np.load(tmp_path / "out" / "train_images.npy")
-    assert len(images) == 119 == len(np.load(tmp_path / "out" / "train_labels.npy"))
-    assert (images.reshape(119, -1).std(axis=1) > 0).all()
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert "train/ant/7.jpg" not in manifest["names"]["train"]
-    assert manifest["counts"]["train"] == {"ant": 59, "bee": 60}
+def test_unreadable_images_leave_no_hole_up_to_one_percent(run, refused, tmp_path):
+    source, bad = write_tree(tmp_path / "in", counts=(60, 2)), os.fsdecode(b"train/ant/5\xff.jpg")  # no text
+    (source / bad).write_bytes(b"damaged")
+    found = run(*pack_line(source, tmp_path / "out"))
+    assert [item["file"] for item in found["unreadable"]] == [bad]
+    assert found["counts"]["train"] == {"ant": 60, "bee": 60}
+    pictures = np.load(tmp_path / "out" / "train_images.npy")
+    assert np.load(tmp_path / "out" / "train_labels.npy").tolist() == 60 * [0] + 60 * [1]
+    names = [name for name in images.Images(source).names["train"] if name != bad]
+    for name, picture in zip(names, pictures, strict=True):
+        assert np.array_equal(picture, images.decode((source / name).read_bytes(), 16)[0])
+    (source / bad).rename(source / "train" / "ant" / "7.jpg")
     (source / "train" / "ant" / "8.jpg").write_bytes(b"damaged")
-    sentence = refused("folder", "pack", source, "--to", tmp_path / "other", "--side", 8)
-    assert "2 of 124 images are unreadable, the first is train/ant/7.jpg" in sentence
+    sentence = refused(*pack_line(source, tmp_path / "other"))
+    assert "2 of 124 images are unreadable, the first is train/ant/7.jpg (cannot identify" in sentence
     assert os.listdir(tmp_path / "other") == []
+    few = write_tree(tmp_path / "few", counts=(100, 1))
+    (few / "val" / "bee" / "0.jpg").write_bytes(b"damaged")
+    assert "no val image of bee" in refused(*pack_line(few, tmp_path / "other"))
 
 
-def test_a_split_without_a_readable_image_of_a_class_is_refused(refused, tmp_path):
-    source = write_tree(tmp_path / "in", train=100, val=1)
-    (source / "val" / "bee" / "0.jpg").write_bytes(b"damaged")
-    assert "no val image of bee" in refused("folder", "pack", source, "--to", tmp_path / "out", "--side", 8)
-
-
-def test_pack_keeps_what_exists_unless_forced(run, refused, tmp_path):
+def test_pack_keeps_what_exists_and_needs_room(run, refused, tmp_path, monkeypatch):
     source, out = write_tree(tmp_path / "in"), tmp_path / "out"
-    out.mkdir()
-    (out / "train_labels.npy").write_bytes(b"mine")
-    (out / "notes.txt").write_bytes(b"mine too")
-    line = ["folder", "pack", source, "--to", out, "--side", 8]
-    assert "holds train_labels.npy" in refused(*line)
-    assert contents(out).keys() == {"train_labels.npy", "notes.txt"}
-    assert run(*line, "--force")[0] == 0
-    assert (out / "notes.txt").read_bytes() == b"mine too"
-    stamp = (out / "train_images.npy").stat().st_mtime_ns
-    status, _, err = run(*line)  # the same once more: nothing to do
-    assert status == 0
-    assert "packed already" in err
-    assert (out / "train_images.npy").stat().st_mtime_ns == stamp
-    assert "holds train_images.npy" in refused("folder", "pack", source, "--to", out, "--side", 9)
-    assert "is or lies in what is read" in refused("folder", "pack", source, "--to", source / "packed")
+    mine = write(tmp_path / "mine" / "train_labels.npy", b"mine")
+    assert "holds train_labels.npy" in refused(*pack_line(source, mine.parent))
+    assert contents(mine.parent) == {"train_labels.npy": b"mine"}
+    run(*pack_line(source, out))
+    before = contents(out)
+    assert "packed already" in run(*pack_line(source, out))["said"]
+    assert "holds train_images.npy" in refused(*pack_line(source, out, "--side", 9))
+    assert contents(out) == before
+    assert "is or lies in what is read" in refused(*pack_line(source, source / "packed"))
+    assert "--side 0: expected 1 to" in refused(*pack_line(source, tmp_path / "other", "--side", 0))
+    with files.locked(tmp_path / "held"):
+        assert "another process" in refused(*pack_line(source, tmp_path / "held"))
+    monkeypatch.setattr(pack.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    assert "too little room" in refused(*pack_line(source, tmp_path / "other"))
+    assert list(contents(tmp_path / "other")) == ["pack.part/progress.json"]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """A source with one damaged image, and the bytes of its pack that nothing disturbed."""
+    """A source with one damaged image, and its pack that nothing disturbed."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    source = write_tree(folder / "in", train=80, val=5)
+    source = write_tree(folder / "in", counts=(55, 5))
     (source / "train" / "bee" / "3.jpg").write_bytes(b"damaged")
     assert command_line.main(pack_line(source, folder / "out")) == 0
-    return source, packed_bytes(folder / "out")
+    return source, packed(folder / "out")
 
 
-def pack_line(source, target, *flags):
-    return ["folder", "pack", str(source), "--side", "16", "--to", str(target), *flags]
+def killed_at(count, source, target):
+    """Packs in small steps, with a commit after each, and is killed at the `count`-th of them."""
+
+    def prepare():
+        pack.BLOCK_BYTES, pack.COMMIT_SECONDS = 40 * 16 * 16 * 3, 0
+        die_at(count)
+
+    return forked(pack_line(source, target), prepare)
 
 
-def small_steps():
-    """Small blocks and a commit after each, so that there are many moments to be killed at."""
-    pack.BLOCK_BYTES, pack.COMMIT_SECONDS = 8 * 16 * 16 * 3, 0
-
-
-def test_killed_at_every_fsync_and_rename_and_resumed_gives_the_same_bytes(tmp_path, undisturbed):
+def test_killed_at_any_fsync_or_rename_and_resumed_gives_the_same_bytes(run, tmp_path, undisturbed):
     source, wanted = undisturbed
-    total = 0
-    for count in range(1, 200):
+    for count in range(1, 100):
         target = tmp_path / str(count)
-
-        def work(target=target, count=count):
-            small_steps()
-            die_at(count, "fsync", "replace")
-            return command_line.main(pack_line(source, target))
-
-        status, log = forked(work, tmp_path)
-        if status == 0:
+        if (status := killed_at(count, source, target)) != -signal.SIGKILL:
             break
-        assert status == -signal.SIGKILL, log
-        status, log = forked(lambda target=target: command_line.main(pack_line(source, target)), tmp_path)
-        assert status == 0, log
-        assert packed_bytes(target) == wanted
-        assert sorted(os.listdir(target)) == sorted([*OUTPUTS, "manifest.json"])
-        total += 1
-    assert total > 60
+        run(*pack_line(source, target))
+        assert packed(target) == wanted
+    assert (status, count > 20) == (0, True)
 
 
-def test_killed_again_and_again_at_random_moments(tmp_path, undisturbed):
-    source, wanted = undisturbed
-    chance, kills = random.Random(0), 0
-    target = tmp_path / "out"
-
-    def slowly():
-        small_steps()
-        decode = pack.Packer.decode
-        pack.Packer.decode = lambda *arguments: (time.sleep(0.05), decode(*arguments))[1]
-        return command_line.main(pack_line(source, target))
-
-    for _ in range(100):
-        child = os.fork()
-        if child == 0:
-            sys.stdout = sys.stderr = io.StringIO()
-            torch.set_num_threads(1)
-            os._exit(slowly())
-        time.sleep(chance.uniform(0.01, 0.12))
-        os.kill(child, signal.SIGKILL)
-        _, waited = os.waitpid(child, 0)
-        if os.waitstatus_to_exitcode(waited) == 0:
-            break
-        kills += 1
-        if all((target / name).exists() for name in [*OUTPUTS, "manifest.json"]):
-            break
-    assert kills > 1
-    assert forked(slowly, tmp_path)[0] == 0
-    assert packed_bytes(target) == wanted
-
-
-def killed_on_the_way(source, tmp_path):
-    """The folder of a pack that was killed at its twelfth fsync."""
-    target = tmp_path / "out"
-
-    def work():
-        small_steps()
-        die_at(12, "fsync")
-        return command_line.main(pack_line(source, target))
-
-    assert forked(work, tmp_path)[0] == -signal.SIGKILL
-    return target
-
-
-def test_a_torn_journal_line_and_pictures_beyond_it_are_cut_off(run, tmp_path, undisturbed):
-    source, wanted = undisturbed
-    target = killed_on_the_way(source, tmp_path)
-    with (target / "pack.journal").open("ab") as file:
-        file.write(b'{"split": "train", "images": 9999, "unrea')
-    with (target / "train_images.npy.part").open("ab") as file:
-        file.write(b"half a picture")
-    status, _, err = run(*pack_line(source, target))
-    assert status == 0
-    assert "going on after" in err
-    assert packed_bytes(target) == wanted
-
-
-def test_unfinished_files_that_were_cut_start_anew(run, tmp_path, undisturbed):
-    source, wanted = undisturbed
-    target = killed_on_the_way(source, tmp_path)
-    os.truncate(target / "train_images.npy.part", 200)
-    status, _, err = run(*pack_line(source, target))
-    assert status == 0
-    assert "starting anew" in err
-    assert packed_bytes(target) == wanted
-
-
-def test_an_unfinished_pack_of_something_else_is_refused(run, refused, tmp_path):
-    source, target = write_tree(tmp_path / "in", train=80), tmp_path / "out"
-
-    def work():
-        small_steps()
-        die_at(12, "fsync")
-        return command_line.main(pack_line(source, target))
-
-    assert forked(work, tmp_path)[0] == -signal.SIGKILL
-    before = contents(target)
-    assert "side 16 (now 24)" in refused("folder", "pack", source, "--to", target, "--side", 24)
+def test_a_killed_pack_goes_on_only_with_what_it_began(run, refused, tmp_path):
+    source, target = write_tree(tmp_path / "in", counts=(80, 2)), tmp_path / "out"
+    assert killed_at(10, source, target) == -signal.SIGKILL
+    pictures = target / "pack.part" / "train_images.npy"
+    whole = pictures.read_bytes()
+    pictures.write_bytes(whole[:200])
+    assert "shorter than" in refused(*pack_line(source, target))
+    pictures.write_bytes(whole + bytes(1_000_000))
+    assert f"unfinished pack of {source} at 16 pixels" in refused(*pack_line(source, target, "--side", 24))
+    run(*pack_line(source, target))
+    run(*pack_line(source, tmp_path / "clean"))
+    assert packed(target) == packed(tmp_path / "clean")
+    assert killed_at(10, source, tmp_path / "new") == -signal.SIGKILL
     (source / "train" / "ant" / "1.jpg").write_bytes(jpeg(999))
-    assert "other files in it" in refused(*pack_line(source, target))
-    assert contents(target) == before
-    assert run(*pack_line(source, target, "--force"))[0] == 0
-    assert run(*pack_line(source, tmp_path / "clean"))[0] == 0
-    assert packed_bytes(target) == packed_bytes(tmp_path / "clean")
+    assert "164 of 164 images to pack" in run(*pack_line(source, tmp_path / "new"))["said"]
+    assert packed(tmp_path / "new") != packed(tmp_path / "clean")
 
 
-def test_two_packs_at_once_into_one_folder_are_refused(refused, tmp_path):
-    source = write_tree(tmp_path / "in")
-    with files.locked(tmp_path / "out"):
-        assert "another process" in refused(*pack_line(source, tmp_path / "out"))
-
-
-def test_a_full_disk_is_one_sentence_and_the_pack_goes_on_later(run, tmp_path, undisturbed):
+def test_a_full_disk_is_one_sentence_and_both_go_on_later(run, tmp_path, undisturbed, ilsvrc):
     source, wanted = undisturbed
-    target = tmp_path / "out"
-
-    def work():
-        small_steps()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-        return command_line.main(pack_line(source, target))
-
-    status, log = forked(work, tmp_path)
-    assert status == 2
-    assert "Traceback" not in log
-    assert "File too large" in log
-    assert not (target / "train_images.npy").exists()
-    status, _, err = run(*pack_line(source, target))
-    assert status == 0
-    assert "going on after" in err
-    assert packed_bytes(target) == wanted
-
-
-def test_a_full_disk_while_making_is_one_sentence_and_the_make_goes_on_later(run, tmp_path, two, wanted):
-    tree, target = write_ilsvrc(tmp_path / "tree"), tmp_path / "out"
-    line = ["imagenet100", "make", "--from", tree, "--classes", two, "--to", target]
-
-    def work():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-        return command_line.main(list(map(str, line)))
-
-    status, log = forked(work, tmp_path)
-    assert status == 2
-    assert "Traceback" not in log
-    assert "File too large" in log
-    assert not (target / "train").exists()
-    assert run(*line)[0] == 0
-    assert contents(target) == wanted
-
-
-def test_names_that_are_no_text_are_told_and_packed(run, tmp_path):
-    source = write_tree(tmp_path / "in")
-    name = os.fsdecode(b"\xff\xfe.jpg")
-    (source / "train" / "ant" / name).write_bytes(jpeg(4711))
-    assert run("folder", "check", source)[0] == 0
-    assert run(*pack_line(source, tmp_path / "out"))[0] == 0
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert f"train/ant/{name}" in manifest["names"]["train"]
-
-
-def test_a_disk_too_small_is_said_before_anything_is_written(refused, tmp_path, monkeypatch):
-    source, target = write_tree(tmp_path / "in"), tmp_path / "out"
-    usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage)
-    sentence = refused(*pack_line(source, target))
-    assert "of free space" in sentence
-    assert "are free" in sentence
-    assert list(target.iterdir()) == []
-
-
-def test_a_target_that_cannot_be_written_is_one_sentence(refused, tmp_path):
-    source = write_tree(tmp_path / "in")
-    (tmp_path / "file").write_text("no folder")
-    assert "file/out" in refused(*pack_line(source, tmp_path / "file" / "out"))
-    if Path("/proc/version").exists():  # read-only even for root
-        assert "/proc/nowhere" in refused(*pack_line(source, "/proc/nowhere"))
-
-
-# Real photographs
-
-
-def test_real_photographs_of_many_sizes(run, tmp_path):
-    if not FULL.exists():
-        pytest.skip(f"no real photographs at {FULL}")
-    with zipfile.ZipFile(FULL) as archive:
-        for number, name in enumerate(sorted(archive.namelist())[:48]):
-            path = tmp_path / "in" / ("train" if number % 4 else "val") / f"group{number // 4 % 4}" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(archive.read(name))
-    status, out, err = run("folder", "check", tmp_path / "in")
-    assert status == 0, out + err
-    assert run("folder", "pack", tmp_path / "in", "--to", tmp_path / "out", "--side", 64)[0] == 0
-    assert np.load(tmp_path / "out" / "train_images.npy").shape == (36, 64, 64, 3)
-
-
-def test_kaggles_layout_in_a_zip_packs_with_one_index_over_all_parts(run, tmp_path):
-    if not MINI.exists():
-        pytest.skip(f"no ImageNet-100 in miniature at {MINI}")
-    few, seen = tmp_path / "few.zip", {}
-    with zipfile.ZipFile(MINI) as archive, zipfile.ZipFile(few, "w") as target:
-        for name in archive.namelist():
-            folder = name.rpartition("/")[0]
-            seen[folder] = seen.get(folder, 0) + 1
-            if seen[folder] <= 3 or name == "Labels.json":
-                target.writestr(name, archive.read(name))
-    status, out, err = run("imagenet100", "pack", few, "--to", tmp_path / "out", "--side", 32, "--json")
-    assert status == 0, err
-    manifest = json.loads(out)
-    assert manifest["images"] == {"train": 300, "val": 300}
-    assert set(manifest["counts"]["train"].values()) == {3}
-    assert sorted(set(np.load(tmp_path / "out" / "train_labels.npy").tolist())) == list(range(100))
-    assert "goldfish" in json.loads((tmp_path / "out" / "classes.json").read_text())
-    status, out, _ = run("imagenet100", "check", few, "--json")
-    assert status == 1
-    assert "732 to 1,300" in " ".join(json.loads(out)["problems"])
-
-
-def test_check_is_told_what_a_set_should_hold():
-    expected = check.Expected("CIFAR-10", 2, (5, 5), (1, 1), ("ant", "bee"))
-    counts = {"train": {"ant": 5, "cow": 4}, "val": {"ant": 1, "cow": 1}}
-    found = check.unexpected({"classes": 2, "counts": counts}, expected)
-    assert found == [
-        "class cow is none of CIFAR-10's (1 are not)",
-        "1 classes differ in train from 5 images a class, the first is cow with 4",
-    ]
+    for line, size in ((pack_line(source, tmp_path / "packed"), 60_000), (ilsvrc.line, 1000)):
+        limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
+        whole = [sys.executable, "-m", "data_setup", *line]
+        found = subprocess.run(whole, cwd=ROOT, preexec_fn=limit, capture_output=True, check=False)
+        assert found.returncode == 2
+        assert b"File too large" in found.stderr.splitlines()[-1]
+        run(*line)
+    assert packed(tmp_path / "packed") == wanted
+    assert contents(ilsvrc.target) == ilsvrc.wanted
