@@ -516,8 +516,6 @@ def systematic(p: Tensor, phase: float) -> tuple[Tensor, float]:
 class RememberedGate:
     """Activates by remembered significance; costs a·n training steps an epoch and nothing else."""
 
-    needs_views = False
-
     def __init__(self, config: ASTConfig, n: int):
         self.config = config
         self.memory = Memory(n, config.guard)
@@ -592,8 +590,6 @@ class RememberedGate:
 
 class RandomGate:
     """Activates by chance, exactly target·m of every m candidates in the long run: what AST must beat."""
-
-    needs_views = False
 
     def __init__(self):
         self.owed = 0.0  # samples, the fraction carried to the next chunk
@@ -1170,7 +1166,7 @@ class AdaptiveSparseTrainer:
         self.tally = Tally(int(self.readable.sum()), *seconds)
         self.apply_controls()
         batches = self.arrivals(self.train_source.stream(self.choose()))
-        if self.gate.needs_views:
+        if needs_views(self.gate):
             batches = packed(filtered(self, batches), self.train_source.batch_size, self.tally)
         waiting = time.perf_counter()
         for batch in batches:
@@ -1209,7 +1205,7 @@ class AdaptiveSparseTrainer:
         for counter in (self.tally, self.controls, self.ledger.costs[self.phase]):
             counter.candidates += len(candidates)
         chosen = candidates, torch.ones(len(candidates))
-        if not self.gate.needs_views:
+        if not needs_views(self.gate):
             if self.rate < 1:
                 chosen = self.gate.select(candidates, self.rate, self.generator)
             self.emit("chunk", **decision(self, candidates, chosen[0]))
@@ -1290,6 +1286,11 @@ def make_gate(config: ASTConfig, source: Source, score: Callable[[Tensor, Tensor
     return RememberedGate(config, len(source)) if config.gate == "remembered" else RandomGate()
 
 
+def needs_views(gate: object) -> bool:
+    """Whether a gate stands after the loader."""
+    return getattr(gate, "needs_views", False)
+
+
 def begin(trainer: AdaptiveSparseTrainer, epochs: int | None, warmup_epochs: int | None) -> None:
     """Sets everything that a run counts to its start. Raises BadInput."""
     given = {"epochs": epochs, "warmup_epochs": warmup_epochs}
@@ -1354,7 +1355,7 @@ def packed(batches: Iterable[Batch], size: int, tally: Tally) -> Iterator[Batch]
 def steps_left(trainer: AdaptiveSparseTrainer) -> int:
     """Steps to the end of the run at the current target, the one in hand included."""
     tally, size, rate = trainer.tally, trainer.train_source.batch_size, trainer.rate
-    through = rate if trainer.gate.needs_views else 1.0
+    through = rate if needs_views(trainer.gate) else 1.0
     left = (tally.held + through * tally.waiting + rate * (tally.n - tally.candidates)) / size
     later = trainer.schedule.steps(trainer.epoch + 1, trainer.target, tally.n, size)
     return 1 + math.ceil(left - 1e-6) + later

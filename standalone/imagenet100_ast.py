@@ -527,8 +527,6 @@ def systematic(p: Tensor, phase: float) -> tuple[Tensor, float]:
 class RememberedGate:
     """Activates by remembered significance; costs a·n training steps an epoch and nothing else."""
 
-    needs_views = False
-
     def __init__(self, config: ASTConfig, n: int):
         self.config = config
         self.memory = Memory(n, config.guard)
@@ -603,8 +601,6 @@ class RememberedGate:
 
 class RandomGate:
     """Activates by chance, exactly target·m of every m candidates in the long run: what AST must beat."""
-
-    needs_views = False
 
     def __init__(self):
         self.owed = 0.0  # samples, the fraction carried to the next chunk
@@ -1181,7 +1177,7 @@ class AdaptiveSparseTrainer:
         self.tally = Tally(int(self.readable.sum()), *seconds)
         self.apply_controls()
         batches = self.arrivals(self.train_source.stream(self.choose()))
-        if self.gate.needs_views:
+        if needs_views(self.gate):
             batches = packed(filtered(self, batches), self.train_source.batch_size, self.tally)
         waiting = time.perf_counter()
         for batch in batches:
@@ -1220,7 +1216,7 @@ class AdaptiveSparseTrainer:
         for counter in (self.tally, self.controls, self.ledger.costs[self.phase]):
             counter.candidates += len(candidates)
         chosen = candidates, torch.ones(len(candidates))
-        if not self.gate.needs_views:
+        if not needs_views(self.gate):
             if self.rate < 1:
                 chosen = self.gate.select(candidates, self.rate, self.generator)
             self.emit("chunk", **decision(self, candidates, chosen[0]))
@@ -1301,6 +1297,11 @@ def make_gate(config: ASTConfig, source: Source, score: Callable[[Tensor, Tensor
     return RememberedGate(config, len(source)) if config.gate == "remembered" else RandomGate()
 
 
+def needs_views(gate: object) -> bool:
+    """Whether a gate stands after the loader."""
+    return getattr(gate, "needs_views", False)
+
+
 def begin(trainer: AdaptiveSparseTrainer, epochs: int | None, warmup_epochs: int | None) -> None:
     """Sets everything that a run counts to its start. Raises BadInput."""
     given = {"epochs": epochs, "warmup_epochs": warmup_epochs}
@@ -1365,7 +1366,7 @@ def packed(batches: Iterable[Batch], size: int, tally: Tally) -> Iterator[Batch]
 def steps_left(trainer: AdaptiveSparseTrainer) -> int:
     """Steps to the end of the run at the current target, the one in hand included."""
     tally, size, rate = trainer.tally, trainer.train_source.batch_size, trainer.rate
-    through = rate if trainer.gate.needs_views else 1.0
+    through = rate if needs_views(trainer.gate) else 1.0
     left = (tally.held + through * tally.waiting + rate * (tally.n - tally.candidates)) / size
     later = trainer.schedule.steps(trainer.epoch + 1, trainer.target, tally.n, size)
     return 1 + math.ceil(left - 1e-6) + later
@@ -2228,6 +2229,14 @@ def load_weights(settings: Settings, model: nn.Module) -> list[str]:
     own.update(fitting)
     model.load_state_dict(own)
     return missing
+
+
+# %% The linear probe [markdown]
+# ### The linear probe
+#
+# Everything frozen, only a new last layer trained, on features computed once: minutes for ImageNet-100. See
+# how near it comes to the fine-tuned model: where it does, fine-tuning bought little, whoever selected its
+# samples. `--probe-first` begins with that layer.
 
 
 # %% The linear probe tags=["fold"]
@@ -4179,13 +4188,6 @@ def show_chosen(summary: dict, data: ImageData) -> None:
 
 # %% What significance looks like tags=["active-ipynb"]
 # show_significance(settings, data, samples=1000, epochs=3)
-
-# %% Was there anything left to learn? [markdown]
-# ### The linear probe
-#
-# Everything frozen, only a new last layer trained, on features computed once: minutes for ImageNet-100. See
-# how near it comes to the fine-tuned model: where it does, fine-tuning bought little, whoever selected its
-# samples. `--probe-first` begins with that layer.
 
 # %% The linear probe, measured tags=["active-ipynb"]
 # show_probe(settings, data)
