@@ -1128,11 +1128,7 @@ class AdaptiveSparseTrainer:
         self.controls = controls or Controls()
         self.in_parts = Parts(self.device, lambda text: self.emit("notice", text=text))
         self.rates, self.seed, self.clip_norm, self.save = rates, seed, clip_norm, save
-        self.rows, self.changes, self.resumed = (
-            [],
-            [],
-            False,
-        )  # resumed: `train` goes on from a restored state
+        self.rows, self.changes, self.resumed = [], [], False
 
     def train(self, epochs: int | None = None, warmup_epochs: int | None = None) -> dict:
         """Trains to the end, or until `controls` stops it, and returns the results; again trains anew, on the
@@ -1144,8 +1140,9 @@ class AdaptiveSparseTrainer:
         """
         if not self.resumed:
             begin(self, epochs, warmup_epochs)
-            self.checkpoint()
-        self.resumed = False
+            with self.ledger.charge("checkpoint"):
+                self.save()
+        self.resumed = False  # `restore` sets it
         self.emit("start", **about(self))
         while self.epoch < self.schedule.epochs and not self.controls.stopping():
             with self.ledger.charge(self.phase):
@@ -1154,7 +1151,8 @@ class AdaptiveSparseTrainer:
             self.rows.append(epoch_row(self, evaluate(self)))
             self.tally = None
             self.emit("epoch", **self.rows[-1], epochs=self.schedule.epochs, **outlook(self))
-            self.checkpoint()
+            with self.ledger.charge("checkpoint"):
+                self.save()
         self.apply_controls()  # what was asked after the last chunk: a stop, above all
         results = results_of(self)
         self.emit("end", **results)
@@ -1251,10 +1249,6 @@ class AdaptiveSparseTrainer:
     def emit(self, event: str, **data: object) -> None:
         for listener in self.listeners:
             listener(event, data)
-
-    def checkpoint(self) -> None:
-        with self.ledger.charge("checkpoint"):
-            self.save()
 
     @property
     def epoch(self) -> int:
@@ -1585,6 +1579,23 @@ def restore_random_states(device: torch.device, states: list) -> None:
         torch.cuda.set_rng_state(states[1], device)
     random.setstate(states[2])
     np.random.set_state(states[3])
+
+
+OUTPUTS = (
+    "config.json metrics.jsonl events.jsonl summary.json curves.png model.pt samples.npz skipped_images.txt "
+    "checkpoints"
+).split()
+
+
+def rotate_folder(out: Path) -> None:
+    """Renames a folder that holds a run to <out>-1, -2, …, and makes a new one. Raises BadInput."""
+    try:
+        if any((out / name).exists() for name in OUTPUTS):
+            names = (out.with_name(f"{out.name}-{number}") for number in itertools.count(1))
+            out.rename(next(path for path in names if not path.exists()))
+        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--out {out}: expected a folder that can be written ({error})") from error
 
 
 def write_by(path: Path, writer: Callable[[BinaryIO], None]) -> None:
@@ -2816,27 +2827,12 @@ def fill_defaults(settings: ASTConfig) -> ASTConfig:
 VERSION = 2  # of the form of a checkpoint
 NO_PHASES = {"warmup_epochs": 0, "ramp_epochs": 0, "anneal_epochs": 0}
 FREE_ON_RESUME = {"out", "resume", "time_limit", "workers"}
-OUTPUTS = (
-    "config.json metrics.jsonl events.jsonl summary.json curves.png model.pt samples.npz skipped_images.txt "
-    "checkpoints"
-).split()
 METRICS = (
     "policy seed epoch phase train_loss val_accuracy target_activation activation_rate mean_activation "
     "threshold controller candidates activated seconds elapsed_seconds data_wait_percent learning_rate "
     "significance_quantiles"
 ).split()
 CHANGES = ("time", "candidates", "control", "old", "new", "set_at", "applied_at")
-
-
-def rotate_folder(out: Path) -> None:
-    """Renames a folder that holds a run to <out>-1, -2, …, and makes a new one. Raises BadInput."""
-    try:
-        if any((out / name).exists() for name in OUTPUTS):
-            names = (out.with_name(f"{out.name}-{number}") for number in itertools.count(1))
-            out.rename(next(path for path in names if not path.exists()))
-        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"--out {out}: expected a folder that can be written ({error})") from error
 
 
 @dataclass
@@ -3003,39 +2999,9 @@ class Run:
                 "kept; allow more minutes, or train on less with --train-size"
             )
 
-    def summary(self) -> dict:
-        """The content of summary.json."""
-        results = self.results()
-        policies = {name: mean_result([r for r in results if r["policy"] == name]) for name in self.policies}
-        policies = {name: value for name, value in policies.items() if value}
-        runs = [run["policy"] for run in self.finished]
-        whole = {name: value for name, value in policies.items() if runs.count(name) == len(self.seeds)}
-        complete = len(self.finished) == len(self.policies) * len(self.seeds)
-        changes = [c for run in results for c in run["changes"] if c["control"] not in ("paused", "stop")]
-        return {
-            "program": PROGRAM,
-            "dataset": self.data.name,
-            "synthetic": self.data.synthetic,
-            "n_train": len(self.data.train_labels),
-            "n_val": len(self.data.val_labels),
-            "model": self.settings.model,
-            "device": device_name(self.settings.device),
-            "platform": f"{platform_name()}, {platform.system()}, Python {platform.python_version()}",
-            "torch": torch.__version__,
-            "out": str(self.out),
-            "seeds": self.seeds,
-            "complete": complete,
-            "stopped_by": None if complete else self.controls.stop,
-            "changes_by_hand": len(changes),
-            "skipped_images": len(self.skipped),
-            "policies": policies,
-            "references": self.data.references,
-            "measured": measured(whole, self.policies[0]),
-        }
-
     def close(self) -> dict:
         """Writes summary.json and curves.png, and returns the summary."""
-        summary, results = self.summary(), self.results()
+        summary, results = summary_of(self), self.results()
         write_whole(self.out / "summary.json", json.dumps(summary, indent=2).encode())
         if results:
             mark = " (synthetic images)" if self.data.synthetic else ""
@@ -3051,6 +3017,37 @@ MEANS = (
     "final_accuracy best_accuracy activation_rate candidates activated train_seconds total_seconds flops "
     "unit_energy joules joules_method flops_per_sample flops_uncounted phases"
 ).split()
+
+
+def summary_of(run: Run) -> dict:
+    """The content of summary.json."""
+    results = run.results()
+    policies = {name: mean_result([r for r in results if r["policy"] == name]) for name in run.policies}
+    policies = {name: value for name, value in policies.items() if value}
+    runs = [result["policy"] for result in run.finished]
+    whole = {name: value for name, value in policies.items() if runs.count(name) == len(run.seeds)}
+    complete = len(run.finished) == len(run.policies) * len(run.seeds)
+    changes = [c for result in results for c in result["changes"] if c["control"] not in ("paused", "stop")]
+    return {
+        "program": PROGRAM,
+        "dataset": run.data.name,
+        "synthetic": run.data.synthetic,
+        "n_train": len(run.data.train_labels),
+        "n_val": len(run.data.val_labels),
+        "model": run.settings.model,
+        "device": device_name(run.settings.device),
+        "platform": f"{platform_name()}, {platform.system()}, Python {platform.python_version()}",
+        "torch": torch.__version__,
+        "out": str(run.out),
+        "seeds": run.seeds,
+        "complete": complete,
+        "stopped_by": None if complete else run.controls.stop,
+        "changes_by_hand": len(changes),
+        "skipped_images": len(run.skipped),
+        "policies": policies,
+        "references": run.data.references,
+        "measured": measured(whole, run.policies[0]),
+    }
 
 
 def mean_of(values: list) -> object:
@@ -3264,8 +3261,8 @@ def main() -> int:
 # random blue, which any colour vision tells apart.
 
 
-# %% Pictures tags=["shared", "fold"]
-# @title Pictures
+# %% Histories tags=["shared", "fold"]
+# @title Histories
 COLOURS = {"ast": "#d55e00", "full": "#666666", "random": "#0072b2", "short": "#cc79a7"}
 COLOURS |= {"solve and PI": "#d55e00", "PI alone": "#0072b2"}  # in the controller's lesson
 STYLE = {"font.size": 8.5, "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.xmargin": 0}
@@ -3378,6 +3375,8 @@ class Histories:
         return done / (self.whole or 1.0), seconds * (self.whole / done - 1) if known else None
 
 
+# %% Pictures tags=["shared", "fold"]
+# @title Pictures
 @contextmanager
 def drawing() -> Iterator[None]:
     """Our style, in one thread at a time, and no warning for each letter that the font lacks."""
