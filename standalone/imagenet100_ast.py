@@ -2704,7 +2704,7 @@ def as_source(data: object, device: torch.device, batch_size: int | None, name: 
     """
     if isinstance(data, tuple | list) and len(data) == 2 and all(hasattr(part, "shape") for part in data):
         data = ArraySource(*data, device, batch_size or 64)
-    elif not hasattr(data, "in_order"):
+    elif not hasattr(data, "stream"):
         if not isinstance(data, DataLoader):
             if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
                 raise BadInput(f"{name}, {type(data)}: expected a DataLoader, a dataset or two arrays")
