@@ -138,6 +138,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.vision_transformer import interpolate_embeddings
 from tqdm import tqdm
 
 # %% What can be set tags=["shared", "fold"]
@@ -2191,6 +2192,9 @@ def bare_model(settings: Settings, classes: int) -> nn.Module:
         if name not in torchvision.models.list_models(module=torchvision.models):
             raise ValueError("there is none of that name")
         options = {"image_size": side} if name.startswith("vit_") else {}
+        if name in ("googlenet", "inception_v3"):  # they return more than logits unless told
+            options = {"aux_logits": False, "init_weights": True}
+            options["transform_input"] = settings.weights != "none"
         model = torchvision.models.get_model(name, num_classes=classes, **options)
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, side, side))
@@ -2226,6 +2230,8 @@ def load_weights(settings: Settings, model: nn.Module) -> list[str]:
     try:
         state = read_weights(settings)
         state = {old.sub(r"\1\2", name.removeprefix("module.")): value for name, value in state.items()}
+        if isinstance(model, torchvision.models.VisionTransformer):  # positions belong to one size of image
+            state = interpolate_embeddings(settings.image_size, model.patch_size, state)
         fitting = {name: v for name, v in state.items() if name in own and v.shape == own[name].shape}
         missing = [name for name in own if name not in fitting and not name.endswith("num_batches_tracked")]
         if sum(v.numel() for v in fitting.values()) < 0.5 * sum(v.numel() for v in model.parameters()):
