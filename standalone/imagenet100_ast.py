@@ -229,7 +229,7 @@ class ASTConfig:
 
     def __post_init__(self, rate: float | None, lr: float | None, amp: bool):
         self.target_activation = self.target_activation if rate is None else rate
-        self.lr, self.amp = lr or self.lr, self.amp if amp else "off"
+        self.lr, self.amp = self.lr if lr is None else lr, self.amp if amp else "off"
         for item in fields(self):
             check(item, getattr(self, item.name), f"ASTConfig {item.name}")
 
@@ -2658,6 +2658,8 @@ class DatasetSource:
             except StopIteration:
                 return
             except Exception as error:  # a dataset raises what it likes
+                if not asked:
+                    raise  # whoever decides on batches did
                 batch, missing = self.one_by_one(asked[0][0].tolist(), error)
             indices, weights = asked.popleft()
             lost = torch.isin(indices, torch.tensor(missing, dtype=torch.int64))

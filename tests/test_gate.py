@@ -74,9 +74,6 @@ def test_memory_takes_at_most_16_bytes_a_sample():
     assert 4 * 1000 <= sum(t.numel() * t.element_size() for t in tensors) <= 16 * 1000
 
 
-# --- the guard ---
-
-
 @pytest.mark.parametrize("guard", [True, False])
 def test_the_guard_keeps_the_gate_from_living_on_what_never_gets_easier(generator, guard):
     n, wrong, visits = 2000, torch.arange(2000) < 200, torch.zeros(2000)
@@ -95,27 +92,25 @@ def test_the_guard_keeps_the_gate_from_living_on_what_never_gets_easier(generato
 
 def test_the_guard_lets_go_of_a_sample_whose_loss_falls():
     memory, hard = ast.Memory(100), torch.tensor([99])
-    memory.observe(torch.arange(100), torch.linspace(0, 1, 100), now=0.0)
+    memory.observe(torch.arange(100), torch.linspace(0, 0.5, 100), now=0.0)
     for visit in range(1, 4):
         assert memory.rank(hard) > 0.9, f"not yet after {visit} visits"
         memory.observe(hard, torch.ones(1), now=float(visit))
     assert memory.rank(hard) == 0.5
     memory.observe(hard, torch.tensor([0.6]), now=4.0)
-    assert memory.rank(hard) > 0.7
+    assert memory.rank(hard) > 0.9, "it is still among the hardest, but was harder"
 
 
-def test_the_guard_holds_within_easy_and_hard_classes_alike(generator):
-    n, labels = 4000, torch.arange(4000) % 4
-    wrong = torch.rand(n, generator=generator) < 0.05
-    level = torch.tensor([0.1, 0.3, 0.6, 1.0])[labels]
-    gate = ast.BalancedGate(ast.ASTConfig(), n, labels)
-    for _ in range(4):
-        losses = torch.where(wrong, 3.0, level * (1 + 0.2 * torch.rand(n, generator=generator)))
-        gate.observe(torch.arange(n), losses)
-    chosen = counts(n, drive(gate, n, 1, 0.2, generator, lambda indices: losses[indices]))
-    for label in range(2):  # of the easy classes all wrong ones are guarded, and none of the right ones
-        own = labels == label
-        assert chosen[own & wrong].mean() < 1.6 * chosen[own & ~wrong].mean()
+def test_the_guard_holds_within_easy_and_hard_classes_alike():
+    memory, indices = ast.Memory(200), torch.arange(200)
+    losses = torch.cat([torch.linspace(0, 0.1, 100), torch.linspace(1, 2, 100)])
+    losses[[30, 130]] = 9.0
+    for visit in range(4):
+        memory.observe(indices, losses, now=float(visit))
+    ranks = memory.rank(indices, labels=indices // 100)
+    assert ranks[[30, 130]].tolist() == [0.5, 0.5]
+    assert ranks[:30].max() < 0.31
+    assert ranks[99] > 0.9, "the easy class fills its ranks, and what is right in it is not guarded"
 
 
 # --- probabilities and selection ---
@@ -123,10 +118,16 @@ def test_the_guard_holds_within_easy_and_hard_classes_alike(generator):
 
 @given(u=RANKS, target=TARGETS, temperature=st.sampled_from([0.01, 0.1, 0.5, 1.0]))
 @examples
-def test_at_the_solved_threshold_probability_meets_the_count_and_rises_from_a_floor(u, target, temperature):
+def test_the_solved_threshold_meets_the_count(u, target, temperature):
     theta = ast.solve_threshold(u, target * len(u), target, temperature)
-    p = ast.activation_probability(u.sort().values, theta, target, temperature)
-    assert float(p.sum()) == pytest.approx(target * len(u), rel=1e-3, abs=1e-3)
+    total = float(ast.activation_probability(u, theta, target, temperature).sum())
+    assert total == pytest.approx(target * len(u), rel=1e-3, abs=1e-3)
+
+
+@given(u=RANKS, target=TARGETS, theta=st.floats(-0.5, 1.5))
+@examples
+def test_probability_rises_with_rank_and_never_falls_below_the_floor(u, target, theta):
+    p = ast.activation_probability(u.sort().values, theta, target, 0.3)
     assert (p.diff() >= -1e-6).all()  # a vector's tail is computed apart: the last bit may differ
     assert 0.25 * target - 1e-6 <= float(p.min()) <= float(p.max()) <= 1
 
@@ -207,11 +208,13 @@ def test_the_live_gate_holds_the_rate_on_a_drifting_stream_and_takes_the_hardest
     gate, taken = ast.LiveGate(ast.ASTConfig(gate="live"), first_pixel), []
     for chunk in range(400):
         scores = torch.rand(128, generator=generator) + 0.01 * chunk
+        scores[:2] = torch.tensor([math.nan, math.inf])  # which are never chosen
         indices, weights = gate.select(views(scores, torch.arange(128)), 0.25, generator)
         assert (weights == 1).all()
         taken.append(len(indices))
         if chunk >= 50:
-            assert set(indices.tolist()) == set(scores.topk(len(indices)).indices.tolist())
+            hardest = 2 + scores[2:].topk(len(indices)).indices
+            assert set(indices.tolist()) == set(hardest.tolist())
     assert sum(taken[50:]) / (350 * 128) == pytest.approx(0.25, abs=0.01)
 
 
@@ -233,8 +236,6 @@ def test_random_realises_given_counts_exactly(amounts, chunks):
         chosen = [gate.select(chunk, amount / 500, generator)[0] for chunk in order.chunk(chunks)]
         assert len(torch.cat(chosen).unique()) == sum(map(len, chosen)) == amount
 
-
-# --- all of them ---
 
 PURE_PI = {"feedforward": False, "adapt_kp": 1.0, "adapt_ki": 0.5}
 GATES = {
