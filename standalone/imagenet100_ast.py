@@ -222,7 +222,7 @@ class ASTConfig:
     device: str = option("auto", r"auto|cpu|cuda(:\d+)?", "auto, cpu or cuda")
     amp: str = option("auto", ("auto", "off", "fp16", "bf16"), "mixed precision; the device decides")
 
-    # The original reports' names for target_activation, lr and amp.
+    # The original reports' names for target_activation, lr and amp: taken, not kept.
     target_activation_rate: InitVar[float | None] = None
     learning_rate: InitVar[float | None] = None
     use_amp: InitVar[bool] = True
@@ -772,9 +772,8 @@ class Schedule:
     def of(cls, config: ASTConfig, epochs: int) -> Schedule:
         """The phases of `config`. Raises BadInput if they do not fit into the epochs."""
         share = [max(1, int(0.08 * epochs + 0.5)), int(0.2 * epochs + 0.5), int(0.125 * epochs + 0.5)]
-        if epochs <= 3:  # too short for all four: drop the ramp, then the anneal
+        if epochs <= 3:  # too short for a ramp
             share[1] = 0
-            share[2] = 0 if share[0] + share[2] >= epochs else share[2]
         given = [config.warmup_epochs, config.ramp_epochs, config.anneal_epochs]
         warmup, ramp, anneal = (g if g is not None else s for g, s in zip(given, share, strict=True))
         if warmup + ramp + anneal > epochs:
@@ -2747,9 +2746,10 @@ def pick_device(name: str) -> torch.device:
         device = torch.device("cuda", torch.cuda.current_device()) if name == "auto" else torch.device(name)
         torch.zeros(1, device=device).add(1).item()
     except (RuntimeError, AssertionError) as error:  # none, or a P100, for which most builds have no code
+        found = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
         raise BadInput(
-            f"--device {name}: expected a GPU that torch {torch.__version__} has code for, such as a T4 "
-            f"({one_line(error)}); try --device cpu"
+            f"--device {name}: GPU {found}, expected one that torch {torch.__version__} has code for, such as "
+            f"a T4 ({one_line(error)}); try --device cpu"
         ) from error
     return device
 

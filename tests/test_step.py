@@ -299,9 +299,10 @@ def test_a_gpu_is_taken_where_an_operation_works_on_it_and_else_refused_with_the
     monkeypatch.setattr(torch, "zeros", zeros)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla P100")
     assert ast.pick_device(asked).type == "cuda"
     fails.append("CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors")
-    with pytest.raises(ast.BadInput, match=rf"^--device {asked}: .*no kernel image.*--device cpu$"):
+    with pytest.raises(ast.BadInput, match=rf"^--device {asked}: .*P100.*no kernel image.*--device cpu$"):
         ast.pick_device(asked)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert ast.pick_device("cpu") == ast.pick_device("auto") == CPU
