@@ -2450,8 +2450,8 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # none, or a P100, for which most builds have no code
         found = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
         raise BadInput(
-            f"--device {name}: GPU {found}, expected one that torch {torch.__version__} has code for, such as "
-            f"a T4 ({one_line(error)}); try --device cpu"
+            f"--device {name}: expected a GPU that torch {torch.__version__} has code for, such as a T4; found "
+            f"{found} ({one_line(error)}); try --device cpu"
         ) from error
     return device
 
@@ -2783,6 +2783,8 @@ def parse(settings: ASTConfig, arguments: list[str], environment: dict[str, str]
                 raise BadInput(f"{variable}={text}: expected AST_ and the name of a setting; unset it")
             values[name] = convert(items[name], text, f"{variable}=")
     for name, text in vars(parser.parse_args(arguments)).items():
+        if not isinstance(text, str | bool):
+            raise BadInput(f"{flag(name)} {text}: expected one value; --help lists the flags")
         values[name] = text if isinstance(text, bool) else convert(items[name], text, flag(name))
     profile = PROFILES.get(values.get("profile", getattr(settings, "profile", "")), {})
     profile = {name: v for name, v in profile.items() if getattr(settings, name) == items[name].default}
@@ -3456,14 +3458,14 @@ def label_ends(axes: Axes, histories: list[History], x: str, y: str) -> None:
 def mark_changes(axes: Axes, histories: list[History], x: str, named: bool) -> None:
     """A line in the policy's colour for each change by hand; named where there is room for it."""
     changes = [(change, history) for history in histories for change in list(history.changes)]
-    last, room = -math.inf, 0.06 * np.ptp(axes.get_xlim())
+    last, end, room = -math.inf, axes.get_xlim()[1], 0.06 * np.ptp(axes.get_xlim())
     for change, history in sorted(changes, key=lambda pair: pair[0][x]):
-        at = change[x]
+        at = min(change[x], end)  # a stop lies in an epoch that was cut
         axes.axvline(at, color=history.colour, linewidth=0.8)
         if named and at - last > room:
             where = {"rotation": 90, "ha": "right" if at > room else "left", "va": "top"}
             axes.text(at, 0.92, change["words"], transform=axes.get_xaxis_transform(), **where)
-            last = at
+            last = at if at > room else at + room
 
 
 def draw_histogram(axes: Axes, histories: list[History]) -> None:

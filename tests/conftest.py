@@ -61,7 +61,7 @@ class Script:
         self.copied.write_bytes(CIFAR_PROGRAM.read_bytes())
 
     def command(self, *flags):
-        return [sys.executable, "-I", "-B", str(self.copied), *map(str, flags)]
+        return [sys.executable, "-I", "-B", "-u", str(self.copied), *map(str, flags)]
 
     def start(self, *flags, env=None, **options):
         """The running process; its output is text in pipes."""

@@ -10,9 +10,6 @@ import itertools
 import json
 import os
 import queue
-import subprocess
-import sys
-import sysconfig
 import textwrap
 import time
 
@@ -23,23 +20,19 @@ import pytest
 from conftest import ROOT
 from jupyter_client import KernelManager
 from jupyter_client.kernelspec import KernelSpecManager
+from stacks import STACKS, interpreter, version
 
 pytestmark = pytest.mark.slow
 
 NOTEBOOKS = [ROOT / "notebooks" / "cifar10_ast.ipynb"]  # what is tested here is shared, byte for byte
-STACKS = {  # what pip installs; all else, torch above all, is the running environment's
-    "colab": "ipykernel==6.17.1 ipython==7.34.0 jupyter_client==6.1.12 ipython_genutils ipywidgets==7.7.1",
-    "kaggle": "ipykernel==6.17.1 ipython==7.34.0 jupyter_client==8.6.3 ipywidgets==8.1.5",
-    "newest": "",
-}
 PATIENCE = 60  # seconds until something that should happen counts as never happening
 TRAIN_SIZE = 1600
+EPOCHS = 7  # of the run that is steered
 WIDGET = "application/vnd.jupyter.widget-view+json"
 ENVIRONMENT = {
     "AST_DATA": "shapes",
     "AST_TRAIN_SIZE": str(TRAIN_SIZE),
     "AST_COMPARE": "none",
-    "AST_MODEL": "simple_cnn",
     "AST_BATCH_SIZE": "32",
     "OMP_NUM_THREADS": "1",  # two threads beside a busy process are many times slower than one
 }
@@ -50,9 +43,11 @@ class Kernel:
 
     def __init__(self, python, notebook, folder):
         self.notebook, self.folder = notebook, folder
-        self.cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-        self.load = next(i for i, source in enumerate(self.cells) if source.startswith("ready = prepare("))
-        self.at = next(i for i, source in enumerate(self.cells) if source.startswith("summary = await "))
+        cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        self.cells = [cell.source for cell in cells]
+        titles = [cell.metadata.title for cell in cells]
+        self.load, self.at = titles.index("Look before you train"), titles.index("Run in a notebook")
+        self.place = titles.index("The dashboard, still empty")
         spec = {
             "argv": [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"],
             "display_name": "stack",
@@ -63,7 +58,7 @@ class Kernel:
         self.manager = self.client = None
 
     def start(self):
-        self.said, self.replies, self.asked = [], {}, set()
+        self.said, self.replies, self.asked, self.defined = [], {}, set(), []
         self.models, self.buffers, self.closed = {}, {}, set()
         specs = KernelSpecManager(kernel_dirs=[str(self.folder)])  # a manager a start, so that ports are new
         self.manager = KernelManager(kernel_name="stack", kernel_spec_manager=specs)
@@ -75,7 +70,9 @@ class Kernel:
         self.client.start_channels()
         self.client.wait_for_ready(timeout=PATIENCE)
         for source in self.cells[: self.load]:
-            self.run(source)
+            self.defined.append(self.send(source))
+        self.wait_for(*self.defined)
+        assert {self.replies[cell]["status"] for cell in self.defined} == {"ok"}
 
     def end(self):
         if self.client:
@@ -118,8 +115,7 @@ class Kernel:
             "ramp_epochs": 0,
             "anneal_epochs": 0,
         } | values
-        lines = [f"settings.{name} = {value!r}" for name, value in values.items()]
-        self.run("\n".join(["settings = Settings()", *lines]))
+        self.run(f"settings, your_run = Settings(), {values!r}")
         self.run(self.cells[self.load])
         return out
 
@@ -224,7 +220,7 @@ class Kernel:
 
         def find():
             for model, state in self.models.items():
-                if state["_model_name"] == f"{name}Model" and description in state.get("description", ""):
+                if state.get("_model_name") == f"{name}Model" and description in state.get("description", ""):
                     return model
             return None
 
@@ -248,21 +244,7 @@ def changes(out, control):
 @pytest.fixture(scope="session", params=STACKS)
 def stack(request, tmp_path_factory):
     """The name of a stack, and the interpreter of its environment."""
-    if not STACKS[request.param]:
-        return request.param, sys.executable
-    home = tmp_path_factory.mktemp(request.param)
-    subprocess.run([sys.executable, "-m", "venv", home], check=True)
-    python = home / "bin" / "python"
-    pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--retries", "1"]
-    own = [name for name in STACKS[request.param].split() if not name.startswith("ipywidgets")]
-    widgets = [name for name in STACKS[request.param].split() if name.startswith("ipywidgets")]
-    for names in (own, ["--no-deps", *widgets]):  # ipywidgets 7 would bring a whole notebook server
-        done = subprocess.run([*pip, *names], capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"pip cannot install {names}: {done.stderr.strip().splitlines()[-1]}")
-    own_packages = next(home.glob("lib/python*/site-packages"))
-    (own_packages / "running.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    return request.param, python
+    return request.param, interpreter(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="module", params=NOTEBOOKS, ids=lambda path: path.stem)
@@ -282,26 +264,31 @@ def kernel(booted):
 
 @pytest.fixture(scope="module")
 def steered(booted, tmp_path_factory):
-    """A whole run whose slider was moved after the warm-up, and its gate an epoch or two later.
+    """A whole run whose target was moved after the warm-up, and its learning rate an epoch or two later.
 
-    Two cells wait for it, and the front end asks for a widget's state again and again, as it does when a page
-    is loaded anew.
+    Two cells wait for it. Meanwhile the front end asks for a widget's state again and again, as it does when
+    a page is loaded anew, and somebody plays with the controller further up.
     """
     booted.ready()
-    booted.out = out = booted.settings(tmp_path_factory.mktemp("steered") / "run", epochs=7)
+    booted.run(booted.cells[booted.at - 1])
+    lost, played = booted.widget("FloatSlider", "lost"), None
+    booted.out = out = booted.settings(tmp_path_factory.mktemp("steered") / "run", epochs=EPOCHS)
     booted.cell = cell = booted.train()
     booted.last = None
     booted.after = after = booted.send("print('the next cell:', summary['complete'])")
-    slider, gate = booted.widget("FloatSlider", "target activation"), booted.widget("Dropdown")
-    moved = False
+    booted.moves = []
+    target = booted.widget("FloatSlider", "target activation")
+    factor = booted.widget("FloatLogSlider", "learning rate")
     while cell not in booted.replies:
         rows, followed = read(out, "metrics"), changes(out, "target_activation")
-        if rows and not moved:
-            moved = booted.move(slider, value=0.1)
+        if rows and not booted.moves:
+            booted.moves.append(booted.move(target, value=0.1))
         if followed and not booted.last and len(rows) >= followed[0]["applied_at"] // TRAIN_SIZE + 2:
-            booted.move(gate, index=1)
+            booted.moves.append(booted.move(factor, value=0.5))
             booted.last = booted.send("print('the last cell')")
-        asked = booted.message(slider, {"method": "request_state"})
+        if followed and not played:
+            booted.played = played = booted.move(lost, value=0.3)
+        asked = booted.message(target, {"method": "request_state"})
         booted.until(lambda asked=asked: cell in booted.replies or booted.of(asked, "comm_msg"), "an answer")
         booted.rest(0.05)
     booted.wait_for(cell, after, booted.last)
@@ -310,13 +297,9 @@ def steered(booted, tmp_path_factory):
 
 def test_a_kernel_has_the_versions_of_its_stack(stack, kernel):
     code = "import ipykernel, ipywidgets, IPython; print(ipykernel.__version__, ipywidgets.__version__)"
-    wanted = [
-        name.split("==")[1]
-        for name in STACKS[stack[0]].split()
-        if name.startswith(("ipykernel", "ipywidgets"))
-    ]
+    wanted = [version(stack[0], name) for name in ("ipykernel", "ipywidgets")]
     found = kernel.run(code).split()
-    assert found == wanted if wanted else int(found[0].split(".")[0]) >= 7
+    assert found == wanted if wanted[0] else int(found[0].split(".")[0]) >= 7
 
 
 def test_the_rate_follows_a_slider_that_is_moved_while_the_cell_is_busy(steered):
@@ -326,23 +309,38 @@ def test_the_rate_follows_a_slider_that_is_moved_while_the_cell_is_busy(steered)
     assert 0 <= change["applied_at"] - change["set_at"] <= TRAIN_SIZE / 20
     rows, at = read(steered.out, "metrics"), change["applied_at"] // TRAIN_SIZE  # the epoch, counted from 0
     assert at >= 1
-    assert [row["target_activation"] for row in rows] == [1.0] + (at - 1) * [0.4] + (7 - at) * [0.1]
+    assert [row["target_activation"] for row in rows] == [1.0] + (at - 1) * [0.4] + (EPOCHS - at) * [0.1]
     assert rows[at + 1]["activation_rate"] == pytest.approx(0.1, abs=0.02)
 
 
-def test_a_gate_that_is_chosen_while_the_cell_is_busy_selects_from_the_next_epoch_on(steered):
-    (change,) = changes(steered.out, "gate")
-    assert (change["old"], change["new"]) == ("remembered", "live")
-    assert change["applied_at"] % TRAIN_SIZE == 0
-    assert 3 * TRAIN_SIZE <= change["set_at"] <= change["applied_at"] < 7 * TRAIN_SIZE
-    (result,) = json.loads((steered.out / "summary.json").read_text())["policies"].values()
-    assert result["phases"]["scoring"]["flops"] > 0
+def test_a_second_slider_is_heard_in_the_same_run(steered):
+    (change,) = changes(steered.out, "learning_rate_factor")
+    assert (change["old"], change["new"]) == (1.0, 0.5)
+    rows = read(steered.out, "metrics")
+    last = change["applied_at"] // TRAIN_SIZE  # the epoch at whose end it was in force, counted from 0
+    falls = [after["learning_rate"] / before["learning_rate"] for before, after in itertools.pairwise(rows)]
+    assert last >= 2
+    assert falls[last - 1] < 0.6 < falls[last - 2]
+
+
+def test_a_front_end_is_told_at_once_that_a_slider_was_heard(steered):
+    """Until then it holds back what the slider says next."""
+    ends = [steered.ended(move) for move in steered.moves]
+    assert len(ends) == 2
+    assert all(steered.states(move)[-1] == "idle" for move in steered.moves)
+    assert max(ends) < steered.ended(steered.cell)
+
+
+def test_one_can_play_with_the_controller_while_it_trains(steered):
+    (picture,) = steered.of(steered.played, "display_data")
+    assert "image/png" in picture["data"]
+    assert steered.ended(steered.played) < steered.ended(steered.cell)
 
 
 def test_all_that_a_run_prints_belongs_to_its_cell(steered):
     printed = steered.printed(steered.cell)
-    for epoch in range(1, 8):
-        assert f" {epoch}/7 " in printed
+    for epoch in range(1, EPOCHS + 1):
+        assert f" {epoch}/{EPOCHS} " in printed
     elsewhere = [
         message["content"]["text"]
         for message in steered.said
@@ -376,39 +374,43 @@ def test_the_picture_changes_while_the_cell_is_busy(steered):
         assert np.ptp(matplotlib.image.imread(io.BytesIO(picture), "png")) > 0.5
 
 
-def test_a_plain_picture_takes_the_place_of_the_dashboard(steered):
+def test_the_empty_dashboard_is_filled_and_a_plain_picture_takes_its_place_wherever_it_is_shown(steered):
+    (empty,) = steered.of(steered.defined[steered.place], "display_data")
     (shown,) = steered.of(steered.cell, "display_data")
     (update,) = steered.of(steered.cell, "update_display_data")
-    assert WIDGET in shown["data"]
-    assert shown["transient"].get("display_id") == update["transient"]["display_id"]
+    assert empty["data"][WIDGET] == shown["data"][WIDGET]
+    panel = shown["data"][WIDGET]["model_id"]
+    filled = [m["content"]["data"]["state"] for m in steered.said if m["content"].get("comm_id") == panel]
+    assert [bool(state["children"]) for state in filled if "children" in state] == [False, True, False]
+    assert {shown["transient"]["display_id"], update["transient"]["display_id"]} == {panel}
+    assert empty["transient"]["display_id"] == panel
     assert "image/png" in update["data"]
     assert WIDGET not in update["data"]
 
 
 def test_no_widget_of_a_run_outlives_it(steered):
-    left = [state["_model_name"] for model, state in steered.models.items() if model not in steered.closed]
-    controls = {name for name in left if not name.endswith(("StyleModel", "LayoutModel"))}
-    assert not controls
+    opened = {model: state.get("_model_name", "") for model, state in steered.models.items()}
+    left = {name for model, name in opened.items() if model not in steered.closed}
+    assert "ImageModel" in opened.values()
+    assert not {name for name in left if name and not name.endswith(("StyleModel", "LayoutModel"))}
 
 
 def test_a_run_pauses_goes_on_stops_and_is_resumed(kernel, tmp_path):
     out = kernel.settings(tmp_path / "run", epochs=8)
     cell = kernel.train()
-    words, pause = kernel.widget("HTML"), kernel.widget("Button", "Pause")
+    words, pause = kernel.widget("HTML"), kernel.widget("ToggleButton", "Pause")
     stop = kernel.widget("Button", "Stop and save")
     kernel.until(lambda: len(read(out, "metrics")) >= 1, "the warm-up")
-    kernel.click(pause)
+    kernel.move(pause, value=True)
     kernel.until(lambda: "paused" in kernel.state(words, "value"), "the word paused")
-    kernel.until(lambda: changes(out, "paused"), "the pause")
-    assert kernel.state(pause, "description") == "Resume"
     rows = len(read(out, "metrics"))
-    kernel.rest(1)
-    kernel.click(pause)
+    kernel.rest(3)
+    assert len(read(out, "metrics")) == rows
+    kernel.move(pause, value=False)
     kernel.until(lambda: len(read(out, "metrics")) > rows, "an epoch after the pause")
     paused, resumed = changes(out, "paused")
     assert (paused["new"], resumed["new"]) == (True, False)
     assert paused["candidates"] == resumed["candidates"]
-    assert kernel.state(pause, "description") == "Pause"
     kernel.click(stop)
     kernel.wait_for(cell)
     assert kernel.replies[cell]["status"] == "ok", kernel.error(cell)
@@ -444,13 +446,13 @@ def test_an_interrupt_saves_and_stops(kernel, tmp_path):
 def test_what_the_worker_raises_is_raised_in_the_cell(kernel, tmp_path):
     kernel.settings(tmp_path / "run")
     broken = """
-        whole_step, steps = AdaptiveSparseTrainer._step, []
+        whole_step, steps = AdaptiveSparseTrainer.step, []
         def broken_step(trainer, *batch):
             steps.append(len(batch))
             if len(steps) == 20:
                 raise RuntimeError("the worker broke")
             whole_step(trainer, *batch)
-        AdaptiveSparseTrainer._step = broken_step
+        AdaptiveSparseTrainer.step = broken_step
     """
     kernel.run(textwrap.dedent(broken))
     cell, after = kernel.train(), kernel.send("print('must not run')")

@@ -1,909 +1,474 @@
-"""The run from end to end, through the command line: outputs, refusals, stops, kills, resumes."""
+"""The run from end to end: policies and seeds, what it writes and prints, where, and how it ends."""
 
-import ast
-import contextlib
-import ctypes
 import json
 import math
 import os
-import random
 import re
-import resource
-import shutil
 import signal
 import subprocess
 import sys
-import tarfile
+import threading
 import time
-import tokenize
-import zipfile
-from pathlib import Path
-from types import SimpleNamespace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
-from torchvision.io import decode_png, encode_png
+from conftest import Script, changes, files, rows, small_net, summary, write_images
 
-pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities")
-PROGRAM = Path(__file__).parents[1] / "standalone" / "cifar10_ast.py"
-OUTPUTS = {
-    *("config.json", "metrics.jsonl", "events.jsonl", "summary.json", "curves.png", "model.pt"),
-    "samples.npz",
-}
-TIMED = {"seconds", "scoring_seconds", "elapsed_seconds", "data_wait_percent"}
-# A run that only gets as far as its first words, for tests of what happens before training.
-AT_ONCE = ("--time-limit", 1e-5)
-SMALL = ("--data", "shapes", "--train-size", 300, "--batch-size", 32)
-TINY = ("--data", "packed", "--epochs", 4, "--batch-size", 16, "--compare", "random")
+import cifar10_ast as ast
+
+pytestmark = pytest.mark.usefixtures("small_nets")
+N, VAL, EPOCHS = 120, 40, 5  # training and validation images; an epoch of 20 chunks, batches of 16
+OUTPUTS = "config.json metrics.jsonl events.jsonl summary.json curves.png model.pt samples.npz checkpoints"
+POLICIES = ["ast", "full", "random", "short"]
 
 
-class Place:
-    """A folder with the program alone in it, and ways to run it there."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.program = folder / "cifar10_ast.py"
-        self.program.write_bytes(PROGRAM.read_bytes())
-
-    def start(self, *flags, env=None, threads=1, **options):
-        return subprocess.Popen(
-            [sys.executable, "-I", "-B", str(self.program), *map(str, flags)],
-            cwd=self.folder,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads), **(env or {})},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            **options,
-        )
-
-    def run(self, *flags, check=0, **options):
-        process = self.start(*flags, **options)
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == check, out + err
-        return SimpleNamespace(stdout=out, stderr=err)
-
-    def refuse(self, *flags, **options):
-        """The one line on stderr that a refused call leaves."""
-        err = self.run(*flags, check=2, **options).stderr
-        assert err.endswith("\n")
-        assert len(err.splitlines()) == 1, err
-        return err
+def settings_of(out, **given):
+    values = {"data": "shapes", "train_size": N, "batch_size": 16, "epochs": EPOCHS, "device": "cpu"}
+    return replace(ast.Settings(), **values | {"amp": "off", "lr": 0.02, "out": str(out)} | given)
 
 
-@pytest.fixture
-def place(tmp_path):
-    return Place(tmp_path)
+class Ran:
+    """A run on a few shapes, and all that it said and told."""
 
-
-def copied(made, tmp_path):
-    """A place of its own with the files of another, for tests that change them."""
-    shutil.copytree(made.folder, tmp_path, dirs_exist_ok=True)
-    return Place(tmp_path)
-
-
-def files(folder):
-    """Every path under a folder with its content."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in folder.rglob("*")
-    }
-
-
-def rows(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def summary(out):
-    return json.loads((out / "summary.json").read_text())
-
-
-def write_packed(cifar, folder, n_train=192, n_val=40):
-    data = cifar.shapes(200, 200)
-    folder.mkdir()
-    np.save(folder / "train_images.npy", data.train_images[:n_train])
-    np.save(folder / "train_labels.npy", data.train_labels[:n_train])
-    np.save(folder / "val_images.npy", data.val_images[:n_val])
-    np.save(folder / "val_labels.npy", data.val_labels[:n_val])
-    (folder / "classes.json").write_text(json.dumps(data.classes))
-
-
-# --- a run to the end ---
+    def __init__(self, out, listeners=(), controls=None, data=None, **given):
+        self.out, self.said, self.told = out, [], []
+        listeners = [ast.print_table(False, self.said.append), *listeners]
+        listeners.append(lambda event, data: self.told.append((event, dict(data))))
+        data = data or ast.shapes(N, VAL)
+        self.summary = ast.run(settings_of(out, **given), (), listeners, controls, self.said.append, data)
+        self.printed = "\n".join(self.said).splitlines()
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished run of AST, full and random on `shapes`."""
-    made = Place(tmp_path_factory.mktemp("finished"))
-    made.done = made.run(*SMALL, "--epochs", 4, "--out", "out")
-    made.out = made.folder / "out"
-    return made
+def ran(tmp_path_factory):
+    """A finished run of every policy with two seeds."""
+    folder = tmp_path_factory.mktemp("ran")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ast, "build_model", small_net)
+        return Ran(folder / "out", compare="full,random,short", seeds="3,1")
 
 
-@pytest.mark.slow
-def test_the_output_folder_holds_everything_and_nothing_else_is_written(finished):
-    assert {path.name for path in finished.out.iterdir()} == OUTPUTS | {"checkpoints"}
-    assert {path.name for path in finished.folder.iterdir()} == {"cifar10_ast.py", "out"}
-    assert {path.suffix for path in (finished.out / "checkpoints").iterdir()} == {".ckpt"}
-    assert finished.done.stderr == ""
-    config = json.loads((finished.out / "config.json").read_text())
-    assert (config["settings"]["train_size"], config["settings"]["data"]) == (300, "shapes")
+# --- files, and the keys that other programs read ---
 
 
-NUMBER = (int, float)
-POLICY = {
-    "final_accuracy": NUMBER,
-    "best_accuracy": NUMBER,
-    "accuracy_per_seed": dict,
-    "activation_rate": NUMBER,
-    "candidates": NUMBER,
-    "activated": NUMBER,
-    "train_seconds": NUMBER,
-    "total_seconds": NUMBER,
-    "flops": NUMBER,
-    "unit_energy": NUMBER,
-    "energy_savings_percent": NUMBER,
-    "joules": (*NUMBER, type(None)),
-    "joules_method": str,
-    "peak_memory_mib": (*NUMBER, type(None)),
-    "flops_per_sample": dict,
-    "flops_uncounted": list,
-    "phases": dict,
-}
-SUMMARY = {
-    "program": str,
-    "dataset": str,
-    "synthetic": bool,
-    "n_train": int,
-    "n_val": int,
-    "model": str,
-    "device": str,
-    "platform": str,
-    "torch": str,
-    "out": str,
-    "seeds": list,
-    "complete": bool,
-    "stopped_by": (str, type(None)),
-    "changes_by_hand": (int,),
-    "skipped_images": int,
-    "policies": dict,
-    "references": dict,
-    "measured": dict,
-}
-MEASURED = {
-    "speedup_vs_full",
-    "total_speedup_vs_full",
-    "flops_saved_percent_vs_full",
-    "joules_saved_percent_vs_full",
-    "accuracy_minus_full",
-    "accuracy_minus_random",
-    "accuracy_minus_short",
-}
-PHASES = ["warmup", "ramp", "sparse", "anneal", "scoring", "evaluation", "checkpoint"]
+def test_the_folder_holds_everything_and_nothing_is_written_beside_it(ran):
+    assert {path.name for path in ran.out.iterdir()} == set(OUTPUTS.split())
+    assert [path.name for path in ran.out.parent.iterdir()] == ["out"]
+    assert {path.suffix for path in (ran.out / "checkpoints").iterdir()} == {".ckpt"}
+    config = json.loads((ran.out / "config.json").read_text())
+    assert config["program"] == "cifar10_ast"
+    expected = settings_of(ran.out, compare="full,random,short", seeds="3,1", data_dir="./data")
+    assert config["settings"] == vars(expected)
+    assert ran.summary == summary(ran.out)
+
+
+NUMBER, MAYBE = (int, float), (int, float, type(None))
+SUMMARY = {"program": str, "dataset": str, "synthetic": bool, "n_train": int, "n_val": int, "model": str}
+SUMMARY |= {"device": str, "platform": str, "torch": str, "out": str, "seeds": list, "complete": bool}
+SUMMARY |= {"stopped_by": (str, type(None)), "changes_by_hand": int, "skipped_images": int}
+SUMMARY |= {"policies": dict, "references": dict, "measured": dict}
+POLICY = dict.fromkeys("final_accuracy best_accuracy activation_rate candidates activated".split(), NUMBER)
+POLICY |= dict.fromkeys("train_seconds total_seconds flops unit_energy".split(), NUMBER)
+POLICY |= {"joules": MAYBE, "joules_method": str, "flops_per_sample": dict, "flops_uncounted": list}
+POLICY |= {"phases": dict, "accuracy_per_seed": dict, "energy_savings_percent": NUMBER}
+POLICY |= {"peak_memory_mib": MAYBE}
+MEASURED = "speedup_vs_full total_speedup_vs_full flops_saved_percent_vs_full joules_saved_percent_vs_full"
+MEASURED += " accuracy_minus_full accuracy_minus_random accuracy_minus_short"
+METRICS = "policy seed epoch phase train_loss val_accuracy target_activation activation_rate mean_activation"
+METRICS += " threshold controller candidates activated seconds elapsed_seconds data_wait_percent"
+METRICS += " learning_rate significance_quantiles"
 
 
 def assert_types(found, expected):
-    assert set(found) == set(expected)
+    assert list(found) == list(expected)
     for name, kind in expected.items():
         assert isinstance(found[name], kind), name
 
 
-@pytest.mark.slow
-def test_the_summary_has_the_contracts_keys_and_types(finished):
-    found = summary(finished.out)
+def test_the_summary_has_the_keys_and_types_of_the_first_edition(ran):
+    found = summary(ran.out)
     assert_types(found, SUMMARY)
     assert (found["program"], found["dataset"], found["synthetic"]) == ("cifar10_ast", "shapes", True)
-    assert (found["n_train"], found["n_val"], found["seeds"]) == (300, 2000, [0])
+    assert (found["n_train"], found["n_val"], found["seeds"]) == (N, VAL, [3, 1])
     assert (found["complete"], found["stopped_by"]) == (True, None)
-    assert list(found["policies"]) == ["ast", "full", "random"]
+    assert list(found["policies"]) == POLICIES
+    assert list(found["measured"]) == MEASURED.split()
     for policy in found["policies"].values():
         assert_types(policy, POLICY)
-        assert list(policy["phases"]) == PHASES
+        assert list(policy["phases"]) == list(ast.PHASES)
         for phase in policy["phases"].values():
             assert set(phase) == {"seconds", "candidates", "activated", "flops", "joules", "unit_energy"}
-    assert set(found["measured"]) == MEASURED
 
 
-@pytest.mark.slow
-def test_the_summarys_figures_follow_from_one_another(finished):
-    found = summary(finished.out)
-    for policy in found["policies"].values():
-        phases = policy["phases"]
-        seconds = {name: phase["seconds"] for name, phase in phases.items()}
-        assert policy["total_seconds"] == pytest.approx(sum(seconds.values()))
-        assert policy["train_seconds"] == pytest.approx(
-            policy["total_seconds"] - seconds["evaluation"] - seconds["checkpoint"]
-        )
-        assert policy["candidates"] == sum(phase["candidates"] for phase in phases.values()) == 4 * 300
-        assert policy["activated"] == sum(phase["activated"] for phase in phases.values())
+def test_the_summarys_figures_follow_from_one_another_and_are_means_over_seeds(ran):
+    policies, epochs = summary(ran.out)["policies"], rows(ran.out)
+    for name, policy in policies.items():
+        own = [row for row in epochs if row["policy"] == name]
+        last = {str(row["seed"]): row["val_accuracy"] for row in own}
+        assert policy["accuracy_per_seed"] == last
+        assert list(last) == ["3", "1"]
+        assert policy["final_accuracy"] == pytest.approx(sum(last.values()) / 2)
+        best = [max(row["val_accuracy"] for row in own if row["seed"] == seed) for seed in (3, 1)]
+        assert policy["best_accuracy"] == pytest.approx(sum(best) / 2)
+        for key in ("candidates", "activated"):
+            assert policy[key] == sum(row[key] for row in own) / 2
+            assert policy[key] == sum(phase[key] for phase in policy["phases"].values())
         assert policy["activation_rate"] == pytest.approx(policy["activated"] / policy["candidates"])
         unit = 10 * policy["activated"] + 0.1 * (policy["candidates"] - policy["activated"])
         assert policy["unit_energy"] == pytest.approx(unit)
-        assert policy["energy_savings_percent"] == pytest.approx(100 * (1 - unit / 12_000))
-        per_sample = policy["flops_per_sample"]
-        assert policy["flops"] == pytest.approx(
-            policy["activated"] * per_sample["training"] + 4 * 2000 * per_sample["evaluation"]
-        )
-        assert phases["evaluation"]["flops"] == pytest.approx(4 * 2000 * per_sample["evaluation"])
-        assert policy["accuracy_per_seed"] == {"0": policy["final_accuracy"]}
+        saved = 100 * (1 - unit / (10 * policy["candidates"]))
+        assert policy["energy_savings_percent"] == pytest.approx(saved)
+        seconds = {phase: cost["seconds"] for phase, cost in policy["phases"].items()}
+        assert policy["total_seconds"] == pytest.approx(sum(seconds.values()))
+        beside = sum(seconds[phase] for phase in ("evaluation", "checkpoint", "repeated"))
+        assert policy["train_seconds"] == pytest.approx(policy["total_seconds"] - beside)
+        per, evaluated = policy["flops_per_sample"], VAL * len(own) / 2
+        flops = policy["activated"] * per["training"] + evaluated * per["evaluation"]
+        assert policy["flops"] == pytest.approx(flops)
         assert (policy["joules"] is None) == policy["joules_method"].startswith("unavailable (")
-        assert policy["joules"] != 0
-    ast_run, full, chance = (found["policies"][name] for name in ("ast", "full", "random"))
-    measured = found["measured"]
-    assert full["activation_rate"] == 1
-    assert measured["speedup_vs_full"] == pytest.approx(full["train_seconds"] / ast_run["train_seconds"])
-    assert measured["flops_saved_percent_vs_full"] == pytest.approx(
-        100 * (1 - ast_run["flops"] / full["flops"])
-    )
-    for name, other in (("full", full), ("random", chance)):
-        assert measured[f"accuracy_minus_{name}"] == pytest.approx(
-            ast_run["final_accuracy"] - other["final_accuracy"]
-        )
+    measured, main, full = summary(ran.out)["measured"], policies["ast"], policies["full"]
+    assert measured["speedup_vs_full"] == pytest.approx(full["train_seconds"] / main["train_seconds"])
+    assert measured["flops_saved_percent_vs_full"] == pytest.approx(100 * (1 - main["flops"] / full["flops"]))
+    for name in POLICIES[1:]:
+        gap = main["final_accuracy"] - policies[name]["final_accuracy"]
+        assert measured[f"accuracy_minus_{name}"] == pytest.approx(gap)
 
 
-@pytest.mark.slow
-def test_metrics_have_a_row_an_epoch_with_the_contracts_keys(finished):
-    found = rows(finished.out)
-    assert [(row["policy"], row["epoch"]) for row in found] == [
-        (policy, epoch) for policy in ("ast", "full", "random") for epoch in (1, 2, 3, 4)
-    ]
-    keys = "policy seed epoch phase train_loss val_accuracy target_activation activation_rate mean_activation"
-    keys += " threshold controller candidates activated seconds elapsed_seconds data_wait_percent"
-    keys += " learning_rate significance_quantiles"
+def test_metrics_have_a_row_an_epoch_with_the_keys_of_the_first_edition(ran):
+    found = rows(ran.out)
+    short = round(sum(row["activation_rate"] for row in found[:EPOCHS]))
+    lengths = {"ast": EPOCHS, "full": EPOCHS, "random": EPOCHS, "short": short}
+    expected = [(s, p, e) for s in (3, 1) for p in POLICIES for e in range(1, lengths[p] + 1)]
+    assert [(row["seed"], row["policy"], row["epoch"]) for row in found] == expected
     for row in found:
-        assert list(row) == keys.split()
-        assert row["seed"] == 0
-        assert row["candidates"] == 300
-        assert row["activation_rate"] == pytest.approx(row["activated"] / 300)
+        assert list(row) == METRICS.split()
+        assert row["candidates"] == N
+        assert row["activation_rate"] == pytest.approx(row["activated"] / N)
         assert 0 <= row["val_accuracy"] <= 100
-        assert 0 <= row["data_wait_percent"] <= 100
+        assert row["data_wait_percent"] <= 100
         assert math.isfinite(row["train_loss"])
         gated = row["policy"] == "ast" and row["phase"] in ("ramp", "sparse")
-        assert (row["controller"] is not None) == gated
-        assert (row["threshold"] is not None) == gated
-        if gated:
-            assert set(row["controller"]) == {"ema", "p", "i", "feedforward"}
-            assert row["activation_rate"] == pytest.approx(row["target_activation"], abs=0.005)
-    for policy in ("ast", "full", "random"):
-        own = [row for row in found if row["policy"] == policy]
-        assert [row["phase"] for row in own] == ["warmup", "ramp", "sparse", "anneal"]
-        assert own == sorted(own, key=lambda row: row["elapsed_seconds"])
-        entry = summary(finished.out)["policies"][policy]
-        assert own[-1]["val_accuracy"] == entry["final_accuracy"]
-        assert max(row["val_accuracy"] for row in own) == entry["best_accuracy"]
-        assert sum(row["activated"] for row in own) == entry["activated"]
+        assert (row["controller"] is not None) == (row["threshold"] is not None) == gated
+        whole = row["policy"] in ("full", "short")
+        assert row["activation_rate"] == (1 if whole else pytest.approx(row["target_activation"], abs=0.01))
+    told = [data for event, data in ran.told if event == "epoch"]
+    assert [{key: row[key] for key in METRICS.split()} for row in told] == found
 
 
-@pytest.mark.slow
-def test_random_activates_as_many_as_ast_in_every_epoch(finished):
-    found = rows(finished.out)
-    counts = {
-        policy: [row["activated"] for row in found if row["policy"] == policy] for policy in ("ast", "random")
-    }
-    assert counts["random"] == counts["ast"]
-    assert counts["ast"][2] < 300
+def test_random_activates_as_many_as_ast_in_every_epoch_and_short_costs_as_much(ran):
+    def counts(policy, seed):
+        own = [row for row in rows(ran.out) if (row["policy"], row["seed"]) == (policy, seed)]
+        return [row["activated"] for row in own]
+
+    for seed in (3, 1):
+        assert counts("random", seed) == counts("ast", seed)
+        assert counts("ast", seed)[2] < N
+        assert sum(counts("short", seed)) == pytest.approx(sum(counts("ast", seed)), abs=N / 2)
+    last = [row for row in rows(ran.out) if row["policy"] == "short"][-1]
+    assert last["learning_rate"] < 0.005, "its learning rate ends at zero as well"
 
 
-@pytest.mark.slow
-def test_synthetic_data_are_called_so_loudly(finished):
-    out = finished.done.stdout
-    assert "SYNTHETIC" in next(line for line in out.splitlines() if line.startswith("data:"))
-    assert "SYNTHETIC" in out[out.index("measured against full training") :]
+def test_events_have_the_keys_of_the_first_edition_and_the_report_counts_changes(tmp_path):
+    controls, seen = ast.Controls(), []
+
+    def steer(event, data):
+        seen.append(event)
+        if seen.count("chunk") == 45 and event == "chunk":
+            controls.set("target_activation", 0.1)
+            controls.pause(True)
+            controls.pause(False)
+
+    ran = Ran(tmp_path / "out", [steer], controls, compare="none")
+    first, *pauses = changes(ran.out)
+    assert list(first) == ["time", "candidates", "control", "old", "new", "set_at", "applied_at"]
+    assert (first["control"], first["old"], first["new"]) == ("target_activation", 0.4, 0.1)
+    assert first["set_at"] <= first["applied_at"] == first["candidates"] < first["set_at"] + N / 10
+    assert [change["new"] for change in pauses] == [True, False]
+    assert ran.summary["changes_by_hand"] == 1, "a pause changes nothing"
+    assert any("changes made by hand: 1 (events.jsonl)" in line for line in ran.printed)
 
 
-@pytest.mark.slow
-def test_the_settings_are_printed_with_where_they_came_from(finished):
-    out = finished.done.stdout
-    for name in (item.arg for item in fields_in_source()):
-        assert re.search(rf"^  {name} = ", out, re.MULTILINE), name
-    assert re.search(r"^  train_size = 300  \(--train-size\)$", out, re.MULTILINE)
-    assert re.search(r"^  device = cpu  \(decided by", out, re.MULTILINE)
-    assert re.search(r"^  batch_size = 32  \(--batch-size\)$", out, re.MULTILINE)
+def test_the_saved_model_is_the_first_policys_of_the_first_seed(ran):
+    model = small_net(None, ast.shapes(N, VAL))
+    model.load_state_dict(torch.load(ran.out / "model.pt", weights_only=True))
+    data = ast.shapes(N, VAL)
+    with torch.no_grad():
+        views = ast.normalise(torch.from_numpy(data.val_images))
+        right = model.eval()(views).argmax(1) == torch.from_numpy(data.val_labels)
+    accuracy = summary(ran.out)["policies"]["ast"]["accuracy_per_seed"]["3"]
+    assert 100 * float(right.float().mean()) == pytest.approx(accuracy, abs=100 / VAL)
 
 
-@pytest.mark.slow
-def test_the_saved_model_is_asts_and_as_good_as_the_summary_says(finished, cifar):
-    settings = json.loads((finished.out / "config.json").read_text())["settings"]
-    model = cifar.simple_cnn(10)
-    model.load_state_dict(torch.load(finished.out / "model.pt", weights_only=True))
-    data = cifar.shapes(300)
-    views = cifar.normalise(torch.from_numpy(data.val_images))
-    dtype = {"off": None, "bf16": torch.bfloat16}[settings["amp"]]
-    with torch.no_grad(), torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-        right = model(views).argmax(1) == torch.from_numpy(data.val_labels)
-    accuracy = summary(finished.out)["policies"]["ast"]["final_accuracy"]
-    assert 100 * float(right.float().mean()) == pytest.approx(accuracy, abs=0.5)
+def test_samples_tell_how_often_each_was_chosen(ran):
+    times = np.load(ran.out / "samples.npz")["times_activated"]
+    gated = [row["activated"] for row in rows(ran.out)[:EPOCHS] if row["phase"] in ("ramp", "sparse")]
+    assert (len(times), times.sum(), times.max()) == (N, sum(gated), len(gated))
 
 
-@pytest.mark.slow
-def test_the_picture_is_drawn(finished):
-    picture = decode_png(
-        torch.frombuffer(bytearray((finished.out / "curves.png").read_bytes()), dtype=torch.uint8)
-    )
-    assert picture.shape[1] >= 600
-    assert picture.shape[2] >= 1000
-    orange = (picture[:3].int() - torch.tensor([0xD5, 0x5E, 0x00])[:, None, None]).abs().sum(0) < 20
-    assert orange.sum() > 200
+def test_another_run_renames_the_folder_and_overwrites_nothing(tmp_path):
+    out, at_once = tmp_path / "out", {"time_limit": 1e-9, "compare": "none"}
+    Ran(out, lr=0.03, **at_once)
+    (out / "notes.txt").write_text("mine")
+    first = files(out)
+    Ran(out, lr=0.01, **at_once)
+    assert files(tmp_path / "out-1") == first
+    second = files(out)
+    Ran(out, lr=0.02, **at_once)
+    assert (files(tmp_path / "out-1"), files(tmp_path / "out-2")) == (first, second)
+    assert json.loads((out / "config.json").read_text())["settings"]["lr"] == 0.02
 
 
-@pytest.mark.slow
-def test_resume_on_a_finished_run_changes_no_byte(finished, tmp_path):
-    made = copied(finished, tmp_path)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}, files(tmp_path)
-    done = made.run("--resume", "--out", "out", "--time-limit", 5)
-    assert "finished" in done.stdout
-    assert ({path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}, files(tmp_path)) == before
+def test_unreadable_images_are_counted_and_listed(tmp_path):
+    data = replace(ast.shapes(N, VAL), unreadable=["train/a/1.png: no image", "train/b/\udcff.png: cut off"])
+    ran = Ran(tmp_path / "out", data=data, compare="none", epochs=1)
+    assert ran.summary["skipped_images"] == 2
+    lines = (ran.out / "skipped_images.txt").read_text().splitlines()
+    assert lines == ["train/a/1.png: no image", r"train/b/\udcff.png: cut off"]
+    assert "unreadable images skipped: 2 (skipped_images.txt)" in ran.printed
 
 
-@pytest.mark.slow
-def test_another_run_renames_the_folder_and_overwrites_nothing(finished, tmp_path):
-    made = copied(finished, tmp_path)
-    (tmp_path / "out" / "notes.txt").write_text("mine")
-    kept = files(tmp_path / "out")
-    made.run(*SMALL, *AT_ONCE, "--out", "out", "--lr", 0.01)
-    assert files(tmp_path / "out-1") == kept
-    second = files(tmp_path / "out")
-    made.run(*SMALL, *AT_ONCE, "--out", "out", "--lr", 0.02)
-    assert files(tmp_path / "out-1") == kept
-    assert files(tmp_path / "out-2") == second
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["settings"]["lr"] == 0.02
+# --- what is run ---
 
 
-# --- killed, stopped, resumed ---
-
-
-def wait_for(process, condition):
-    deadline = time.monotonic() + 200
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def epochs_done(out):
-    path = out / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def newest_number(out):
-    numbers = [int(path.stem) for path in (out / "checkpoints").glob("*.ckpt")]
-    return max(numbers, default=-1)
-
-
-def newest_state(cifar, out):
-    return cifar.load_checkpoint(out / "checkpoints", print)
-
-
-def assert_same_run(out, reference):
-    """Bit for bit, apart from what a clock measured."""
-    mine = torch.load(out / "model.pt", weights_only=True)
-    theirs = torch.load(reference / "model.pt", weights_only=True)
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
-    untimed = [
-        [{k: v for k, v in row.items() if k not in TIMED} for row in rows(folder)]
-        for folder in (out, reference)
-    ]
-    assert untimed[0] == untimed[1]
-    assert (out / "events.jsonl").read_bytes() == (reference / "events.jsonl").read_bytes()
-    assert summary(out)["complete"]
-    for policy, entry in summary(reference)["policies"].items():
-        for key in ("final_accuracy", "best_accuracy", "accuracy_per_seed", "activation_rate"):
-            assert summary(out)["policies"][policy][key] == entry[key]
-        for key in ("candidates", "activated", "flops", "unit_energy"):
-            assert summary(out)["policies"][policy][key] == entry[key]
-    assert {path.name for path in out.iterdir()} == OUTPUTS | {"checkpoints"}
-    assert {path.suffix for path in (out / "checkpoints").iterdir()} == {".ckpt"}
-
-
-CHAINS = {
-    "remembered": ("--gate", "remembered", "--checkpoint-seconds", 0),
-    "live": ("--gate", "live", "--target-activation", 0.3, "--checkpoint-seconds", 0),
-    "topk": (
-        *("--gate", "live", "--live-rule", "topk", "--score-scale", 0.5),
-        *("--model", "resnet", "--checkpoint-seconds", 0, "--epochs", 3),
-    ),
-    "proxy": ("--gate", "proxy", "--target-activation", 0.3, "--checkpoint-seconds", 0),
-    "interval": ("--compare", "none", "--seeds", "3,5", "--checkpoint-seconds", 0.05),
-}
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, cifar):
-    """Runs never interrupted, one a chain, made when first asked for."""
-    made = {}
-
-    def of(chain, threads=1):
-        if (chain, threads) not in made:
-            made[chain, threads] = Place(tmp_path_factory.mktemp("uninterrupted"))
-            write_packed(cifar, made[chain, threads].folder / "packed")
-            made[chain, threads].run(*TINY, *CHAINS[chain], "--out", "out", threads=threads)
-        return made[chain, threads].folder / "out"
-
-    return of
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "chain,threads", [("remembered", 1), ("live", 2), ("topk", 1), ("proxy", 1), ("interval", 1)]
-)
-def test_killed_at_random_moments_and_resumed_equals_the_uninterrupted_run(
-    cifar, place, uninterrupted, chain, threads
-):
-    """One kill in the first half (AST, or the first seed), one in the second (random, or the second seed)."""
-    reference = uninterrupted(chain, threads)
-    write_packed(cifar, place.folder / "packed")
-    out, rng = place.folder / "out", random.Random(chain)
-    first_epochs = epochs_done(reference) // 2
-    steps = 0 if chain == "interval" else rng.randrange(20)
-    moments = [lambda: newest_number(out) >= steps, lambda: epochs_done(out) > first_epochs]
-    flags, where = (*TINY, *CHAINS[chain], "--out", "out"), []
-    for moment in moments:
-        process = place.start(*flags, threads=threads)
-        wait_for(process, moment)
-        time.sleep(rng.uniform(0, 0.03))
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-        state = newest_state(cifar, out)
-        where.append((len(state["finished"]), state["trainer"] is not None and state["trainer"]["epoch"]))
-        flags = ("--resume", "--out", "out", *CHAINS[chain])
-    assert [done for done, _ in where] == [0, 1]
-    assert any(epoch for _, epoch in where), "neither kill was in mid-epoch"
-    place.run("--resume", "--out", "out", threads=threads)
-    assert_same_run(out, reference)
-
-
-def stop(made, number, condition, *flags):
-    process = made.start(*TINY, *CHAINS["remembered"], "--out", "out", *flags)
-    out = made.folder / "out"
-    wait_for(process, lambda: condition(out))
-    process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=200)
-    return SimpleNamespace(code=process.returncode, stdout=stdout, stderr=stderr)
-
-
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory, cifar):
-    """A run stopped by SIGTERM in AST's second epoch or later, with two checkpoints."""
-    made = Place(tmp_path_factory.mktemp("stopped"))
-    write_packed(cifar, made.folder / "packed")
-    made.out = made.folder / "out"
-    made.done = stop(made, signal.SIGTERM, lambda out: newest_number(out) >= 8)
-    return made
-
-
-@pytest.mark.slow
-def test_sigterm_saves_and_exits_with_143(stopped, cifar):
-    assert stopped.done.code == 143, stopped.done
-    assert "SIGTERM" in stopped.done.stderr
-    assert "Traceback" not in stopped.done.stderr
-    found = summary(stopped.out)
-    assert (found["complete"], found["stopped_by"]) == (False, "SIGTERM")
-    assert "--resume" in stopped.done.stdout
-    state = newest_state(cifar, stopped.out)
-    assert state["finished"] == []
-    assert state["trainer"]["rows"] == rows(stopped.out)
-    assert len(list((stopped.out / "checkpoints").glob("*.ckpt"))) == 2
-    assert (stopped.out / "model.pt").exists()
-
-
-@pytest.mark.slow
-def test_a_stopped_run_resumes_to_the_same_end_also_with_another_time_limit(stopped, uninterrupted, tmp_path):
-    made = copied(stopped, tmp_path)
-    made.run("--resume", "--out", "out", "--time-limit", 60)
-    assert_same_run(tmp_path / "out", uninterrupted("remembered"))
-
-
-@pytest.mark.slow
-def test_ctrl_c_in_a_comparison_exits_with_130_claims_nothing_and_resumes(cifar, place, uninterrupted):
-    write_packed(cifar, place.folder / "packed")
-    out = place.folder / "out"
-    done = stop(place, signal.SIGINT, lambda out: epochs_done(out) > 4)
-    assert done.code == 130, done
-    assert "Traceback" not in done.stderr
-    found = summary(out)
-    assert (found["complete"], found["stopped_by"]) == (False, "Ctrl-C")
-    assert len(rows(out)) < 8
-    assert list(found["policies"]) == ["ast", "random"]
-    # A comparison with a run that was not finished would be neither.
-    assert set(found["measured"].values()) == {None}
-    place.run("--resume", "--out", "out")
-    assert_same_run(out, uninterrupted("remembered"))
-
-
-@pytest.mark.slow
-def test_a_time_limit_stops_with_results_and_a_longer_one_goes_on(cifar, place):
-    write_packed(cifar, place.folder / "packed")
-    flags = ("--data", "packed", "--epochs", 2000, "--compare", "none", "--out", "out")
-    done = place.run(*flags, "--time-limit", 0.02)
-    out = place.folder / "out"
-    found, before = summary(out), rows(out)
-    assert (found["complete"], found["stopped_by"]) == (False, "time limit")
-    assert before
-    assert found["policies"]["ast"]["final_accuracy"] == before[-1]["val_accuracy"]
-    assert {path.name for path in out.iterdir()} == OUTPUTS | {"checkpoints"}
-    assert "stopped by time limit" in done.stdout
-    place.run("--resume", "--out", "out", "--time-limit", 0.03)
-    after = rows(out)
-    assert after[: len(before)] == before
-    assert len(after) > len(before)
-
-
-@pytest.mark.slow
-def test_a_damaged_latest_checkpoint_falls_back_with_a_warning(stopped, uninterrupted, tmp_path):
-    made = copied(stopped, tmp_path)
-    newest = max((tmp_path / "out" / "checkpoints").glob("*.ckpt"))
-    newest.write_bytes(newest.read_bytes()[:-100])
-    done = made.run("--resume", "--out", "out")
-    warned = [line for line in (done.stdout + done.stderr).splitlines() if "damaged" in line]
-    assert len(warned) == 1
-    assert newest.name in warned[0]
-    assert_same_run(tmp_path / "out", uninterrupted("remembered"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "flags,env,told",
+    "given,expected",
     [
-        (("--lr", "0.3"), {}, "--lr 0.3"),
-        (("--epochs", "9"), {}, "--epochs 9"),
-        (("--seeds", "0,1"), {}, "--seeds 0,1"),
-        ((), {"AST_GATE": "live"}, "AST_GATE live"),
-        (("--data", "elsewhere"), {}, "--data elsewhere"),
-        (("--data", "auto"), {}, "--data auto"),
+        ({"compare": "none"}, {"ast": [0]}),
+        ({"compare": "", "seeds": "2,2,2"}, {"ast": [2]}),
+        ({"compare": "short,short", "seeds": "1,0,1"}, {"ast": [1, 0], "short": [1, 0]}),
+        ({"gate": "live", "compare": "random"}, {"ast": [0], "random": [0]}),
+        ({"gate": "random", "compare": "full,random"}, {"random": [0], "full": [0]}),
+        ({"gate": "full", "compare": "full"}, {"full": [0]}),
+    ],
+    ids=str,
+)
+def test_each_policy_runs_once_a_seed_the_gate_under_test_first(tmp_path, given, expected):
+    ran = Ran(tmp_path / "out", epochs=2, **given)
+    found = {name: [int(s) for s in p["accuracy_per_seed"]] for name, p in ran.summary["policies"].items()}
+    assert list(found.items()) == list(expected.items())
+    plan = next(data for event, data in ran.told if event == "plan")
+    assert (list(plan["work"]), plan["done"]) == (list(expected), [])
+    started = [(data["seed"], data["policy"]) for event, data in ran.told if event == "start"]
+    assert started == [(seed, policy) for seed in next(iter(expected.values())) for policy in expected]
+    assert (ran.summary["measured"]["speedup_vs_full"] is None) == (list(expected)[1:] != ["full"])
+
+
+def test_a_view_is_the_image_shifted_by_up_to_four_pixels_and_maybe_mirrored_by_its_generator_alone():
+    images = torch.randint(0, 256, (60, 16, 16, 3), generator=torch.Generator().manual_seed(1)).byte()
+    state, found = torch.get_rng_state(), set()
+    views, again, other = (ast.augment(images, torch.Generator().manual_seed(n)) for n in (2, 2, 3))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(views, again)
+    assert not torch.equal(views, other)
+    for image, view in zip(images.numpy(), views, strict=True):
+        padded = torch.from_numpy(np.pad(image, ((4, 4), (4, 4), (0, 0)), mode="reflect"))
+        crops = {(y, x): padded[y : y + 16, x : x + 16] for y in range(9) for x in range(9)}
+        ways = crops | {(*place, "mirrored"): crop.flip(1) for place, crop in crops.items()}
+        plain = ast.plain_view(torch.stack(list(ways.values())), torch.Generator())
+        [match] = (plain == view).flatten(1).all(1).nonzero().flatten().tolist()
+        found.add(list(ways)[match])
+    assert len(found) > 30
+    assert {len(way) for way in found} == {2, 3}
+
+
+def test_a_seed_decides_everything(tmp_path):
+    one, same, other = (
+        rows(Ran(tmp_path / name, compare="none", epochs=2, seeds=seed).out, timed=False)
+        for name, seed in (("one", "5"), ("same", "5"), ("other", "6"))
+    )
+    assert one == same
+    assert [row["train_loss"] for row in one] != [row["train_loss"] for row in other]
+
+
+def test_prepared_data_serve_the_run(tmp_path, capsys):
+    settings, data = ast.prepare(settings_of(tmp_path / "out", compare="none", epochs=1))
+    assert "SYNTHETIC images, made by this program: shapes, 120 training" in capsys.readouterr().out
+    assert (settings.device, settings.data_dir) == ("cpu", "./data")
+    found = ast.run(settings, listeners=[], say=lambda line: None, data=data)
+    assert (found["n_train"], found["n_val"], found["complete"]) == (N, 2000, True)
+
+
+@pytest.mark.parametrize(
+    "cell,flags,env,expected",
+    [
+        ({}, [], {}, ("accuracy", 0.4, None)),
+        ({}, ["--profile", "efficiency"], {}, ("efficiency", 0.15, 1)),
+        ({}, [], {"AST_PROFILE": "efficiency"}, ("efficiency", 0.15, 1)),
+        ({"profile": "efficiency"}, [], {}, ("efficiency", 0.15, 1)),
+        ({"profile": "efficiency"}, ["--profile", "accuracy"], {}, ("accuracy", 0.4, None)),
+        ({"warmup_epochs": 3}, ["--profile", "efficiency"], {}, ("efficiency", 0.15, 3)),
+        ({}, ["--profile", "efficiency", "--target-activation", "0.3"], {}, ("efficiency", 0.3, 1)),
+        ({}, ["--profile", "efficiency"], {"AST_WARMUP_EPOCHS": "2"}, ("efficiency", 0.15, 2)),
     ],
 )
-def test_resume_with_another_setting_is_refused(
-    cifar, stopped, tmp_path, monkeypatch, capfd, flags, env, told
-):
-    copied(stopped, tmp_path)
-    before = files(tmp_path)
-    err = refuse(cifar, monkeypatch, capfd, tmp_path, "--resume", "--out", "out", *flags, env=env)
-    assert told in err
-    assert files(tmp_path) == before
+def test_a_profile_sets_what_nobody_else_did(imagenet, cell, flags, env, expected):
+    found = imagenet.parse(replace(imagenet.Settings(), **cell), flags, env)
+    assert (found.profile, found.target_activation, found.warmup_epochs) == expected
 
 
-@pytest.mark.slow
-def test_resume_beside_a_damaged_config_is_refused(cifar, stopped, tmp_path, monkeypatch, capfd):
-    copied(stopped, tmp_path)
-    (tmp_path / "out" / "config.json").write_text('{"settings": {"lr"')
-    before = files(tmp_path)
-    assert "config.json" in refuse(cifar, monkeypatch, capfd, tmp_path, "--resume", "--out", "out")
-    assert files(tmp_path) == before
+KAGGLE, COLAB = {"KAGGLE_KERNEL_RUN_TYPE": "Batch"}, {"COLAB_RELEASE_TAG": "release"}
+PLATFORMS = [({}, "runs/cifar10_ast", "./data"), (COLAB, "/content/cifar10_ast", "/content/data")]
+PLATFORMS += [(env, "/kaggle/working/cifar10_ast", "/kaggle/temp/data") for env in (KAGGLE, COLAB | KAGGLE)]
 
 
-@pytest.mark.slow
-def test_resume_beside_a_damaged_summary_goes_on(cifar, stopped, tmp_path, monkeypatch):
-    copied(stopped, tmp_path)
-    (tmp_path / "out" / "summary.json").write_text('{"complete": tr')
-    assert call_main(cifar, monkeypatch, tmp_path, "--resume", "--out", "out") == 0
-    assert summary(tmp_path / "out")["complete"]
-
-
-@pytest.mark.slow
-def test_resume_on_other_data_is_refused(cifar, stopped, tmp_path, monkeypatch, capfd):
-    copied(stopped, tmp_path)
-    shutil.rmtree(tmp_path / "packed")
-    write_packed(cifar, tmp_path / "packed", n_train=150)
-    before = files(tmp_path)
-    assert "150" in refuse(cifar, monkeypatch, capfd, tmp_path, "--resume", "--out", "out")
-    assert files(tmp_path) == before
-
-
-@pytest.mark.slow
-def test_resume_without_a_checkpoint_starts_afresh_and_says_so(place):
-    (place.folder / "out").mkdir()
-    (place.folder / "out" / "notes.txt").write_text("mine")
-    done = place.run(*SMALL, *AT_ONCE, "--out", "out", "--resume")
-    assert "starting afresh" in done.stdout
-    assert (place.folder / "out" / "config.json").exists()
-    assert [path.read_text() for path in place.folder.rglob("notes.txt")] == ["mine"]
-
-
-# --- disks ---
-
-
-def at_most(size):
-    """No file may grow beyond `size` bytes; Python turns the signal into the error of a full disk."""
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "size,told", [(200, "config.json"), (1200, "metrics.jsonl"), (50_000, ".ckpt")], ids=str
-)
-def test_a_disk_that_fills_up_is_one_line(cifar, place, size, told):
-    write_packed(cifar, place.folder / "packed")
-    interval = 60 if told == "metrics.jsonl" else 0
-    flags = (*TINY, "--checkpoint-seconds", interval, "--out", "out")
-    err = place.refuse(*flags, preexec_fn=at_most(size))
-    assert told in err
-    assert not list(place.folder.rglob("*.part"))
-
-
-@pytest.mark.slow
-def test_a_checkpoint_survives_a_full_disk_and_resumes_once_there_is_room(
-    cifar, stopped, uninterrupted, tmp_path
-):
-    made = copied(stopped, tmp_path)
-    before = files(tmp_path / "out" / "checkpoints")
-    flags = ("--resume", "--out", "out", "--checkpoint-seconds", 0)
-    err = made.refuse(*flags, preexec_fn=at_most(1_000_000))
-    assert str(Path("out", "checkpoints")) in err
-    assert files(tmp_path / "out" / "checkpoints") == before
-    made.run("--resume", "--out", "out")
-    assert_same_run(tmp_path / "out", uninterrupted("remembered"))
-
-
-def test_a_folder_that_cannot_be_made_is_refused(cifar, tmp_path, monkeypatch, capfd):
-    (tmp_path / "file").write_text("mine")
-    before = files(tmp_path)
-    for out in ("file", "file/under", "file/under/more"):
-        err = refuse(cifar, monkeypatch, capfd, tmp_path, *SMALL, "--out", out)
-        assert f"--out {out}" in err
-        assert files(tmp_path) == before
-
-
-def bound_by_permissions():
-    """Takes from root what lets it write anywhere; others are bound already, and cannot drop it."""
-    drop_from_bounding_set, dac_override = 24, 1
-    ctypes.CDLL(None).prctl(drop_from_bounding_set, dac_override, 0, 0, 0)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="drops root's powers the way Linux does")
-@pytest.mark.parametrize("holds_a_run", [False, True])
-def test_a_read_only_folder_is_refused(finished, tmp_path, holds_a_run):
-    made, locked = Place(tmp_path), tmp_path / "locked"
-    locked.mkdir()
-    if holds_a_run:
-        shutil.copytree(finished.out, locked / "out")
-    before = files(locked)
-    locked.chmod(0o555)
-    try:
-        err = made.refuse(*SMALL, "--out", Path("locked", "out"), preexec_fn=bound_by_permissions)
-    finally:
-        locked.chmod(0o755)
-    assert str(Path("locked", "out")) in err
-    assert files(locked) == before
-
-
-# --- bad input ---
-
-
-@contextlib.contextmanager
-def handlers_put_back():
-    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-def call_main(cifar, monkeypatch, folder, *flags, env=None):
-    """The script's exit status, in this process, where a call does not pay for importing torch."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["cifar10_ast.py", *map(str, flags)])
-    for name, value in (env or {}).items():
+@pytest.mark.parametrize("env,out,data_dir", PLATFORMS)
+def test_results_and_downloads_go_where_the_platform_keeps_them(monkeypatch, env, out, data_dir):
+    for name in KAGGLE | COLAB:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
         monkeypatch.setenv(name, value)
-    with handlers_put_back():
-        return cifar.main()
+    found = ast.settings_for_run(replace(ast.Settings(), device="cpu"))
+    assert (found.out, found.data_dir) == (out, data_dir)
+    own = ast.settings_for_run(replace(ast.Settings(), device="cpu", out="here", data_dir="there"))
+    assert (own.out, own.data_dir) == ("here", "there")
 
 
-def refuse(cifar, monkeypatch, capfd, folder, *flags, env=None):
-    """The one line that a refused call leaves on stderr."""
-    capfd.readouterr()
-    code = call_main(cifar, monkeypatch, folder, *flags, env=env)
-    err = capfd.readouterr().err
-    assert code == 2
-    assert len(err.splitlines()) == 1, err
-    return err
+# --- what it says ---
 
 
-@pytest.fixture
-def earlier(tmp_path):
-    """A folder with an earlier run, which no refused call may touch."""
-    (tmp_path / "out" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "out" / "config.json").write_text("{}")
-    (tmp_path / "out" / "model.pt").write_text("precious")
-    return tmp_path
+def test_only_settings_that_differ_from_the_defaults_are_printed(ran):
+    shown = dict(line.strip().split(" = ") for line in ran.printed if re.match(r"  \w+ = ", line))
+    settings = replace(settings_of(ran.out), compare="full,random,short", seeds="3,1", data_dir="./data")
+    own = {item.name: item.default for item in fields(settings)}
+    assert shown == {n: str(v) for n, v in vars(settings).items() if n in own and v != own[n]}
 
 
-@pytest.mark.parametrize(
-    "flags,told",
-    [
-        (("--target-activation", "1.4"), "1.4"),
-        (("--target-activation", "0"), "--target-activation 0"),
-        (("--target-activation", "-0.2"), "-0.2"),
-        (("--gate", "proxi"), "proxi"),
-        (("--model", "vgg"), "vgg"),
-        (("--batch-size", "0"), "--batch-size 0"),
-        (("--epochs", "0"), "--epochs 0"),
-        (("--epochs", "many"), "many"),
-        (("--seeds", "a,b"), "a,b"),
-        (("--compare", "best"), "best"),
-        (("--device", "cuda:77"), "cuda:77"),
-        (("--amp", "fp16", "--device", "cpu"), "--amp fp16"),
-        (("--nonsense", "3"), "--nonsense"),
-        (("stray",), "stray"),
-        (("--data", "no/such/place"), "no/such/place"),
-        (("--data", "shapes", "--train-size", "3"), "--train-size 3"),
-        ((*SMALL, "--epochs", "2", "--warmup-epochs", "5"), "warm-up 5"),
-        ((*SMALL, "--epochs", "2", "--gate", "live", "--score-scale", "0.3", "--warmup-epochs", "0"), "0.3"),
-    ],
-    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
-)
-def test_a_bad_setting_is_one_line_and_touches_nothing(cifar, earlier, monkeypatch, capfd, flags, told):
-    before = files(earlier)
-    err = refuse(cifar, monkeypatch, capfd, earlier, "--out", "out", *flags)
-    assert told in err
-    assert "expected" in err
-    assert files(earlier) == before
-
-
-def write_images(folder, broken=0, empty=None):
-    """Class folders of ten 32 x 32 images each; `broken` of them no images at all."""
-    pixels = torch.randint(0, 256, (3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
-    image = encode_png(pixels).numpy().tobytes()
-    for split in ("train", "test"):
-        for name in ("ant", "bee", "cow"):
-            (folder / split / name).mkdir(parents=True)
-            for number in range(0 if (split, name) == ("train", empty) else 10):
-                content = b"no image" if split == "train" and number < broken else image
-                (folder / split / name / f"{number}.png").write_bytes(content)
-
-
-def half_a_zip(folder):
-    write_images(folder / "images")
-    with zipfile.ZipFile(folder / "data.zip", "w") as archive:
-        for path in sorted((folder / "images").rglob("*.png")):
-            archive.write(path, path.relative_to(folder / "images"))
-    halve(folder / "data.zip")
-    return "data.zip", "data.zip"
-
-
-def half_a_tar(folder):
-    (folder / "data_batch_1").write_bytes(random.Random(0).randbytes(50_000))
-    with tarfile.open(folder / "data.tar.gz", "w:gz") as archive:
-        archive.add(folder / "data_batch_1", "cifar-10-batches-py/data_batch_1")
-    halve(folder / "data.tar.gz")
-    return "data.tar.gz", "data.tar.gz"
-
-
-def halve(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def unreadable_images(folder):
-    write_images(folder / "data", broken=1)
-    return "data", "0.png"
-
-
-def an_empty_class(folder):
-    write_images(folder / "data", empty="bee")
-    return "data", "bee"
-
-
-def labels_outside_the_classes(folder):
-    (folder / "data").mkdir()
-    for split in ("train", "val"):
-        np.save(folder / "data" / f"{split}_images.npy", np.zeros((20, 32, 32, 3), np.uint8))
-        np.save(folder / "data" / f"{split}_labels.npy", np.arange(20) % 10 + 3)
-    (folder / "data" / "classes.json").write_text(json.dumps([f"class {i}" for i in range(10)]))
-    return "data", "12"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "prepare", [half_a_zip, half_a_tar, unreadable_images, an_empty_class, labels_outside_the_classes]
-)
-def test_bad_data_is_one_line_and_touches_nothing(earlier, prepare):
-    made = Place(earlier)
-    data, told = prepare(earlier)
-    before = files(earlier)
-    err = made.refuse("--data", data, "--out", "out", "--epochs", 1)
-    assert told in err
-    assert files(earlier) == before
-
-
-def test_a_bad_setting_given_to_the_script_itself(script):
-    done = script("--target-activation", "1.4", check=2)
-    assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1
-    assert "--target-activation 1.4: expected" in done.stderr
-    assert [path.name for path in script.folder.iterdir()] == ["cifar10_ast.py"]
-
-
-# --- help, environment, import ---
-
-
-def fields_in_source():
-    """The fields of Settings as (arg, comment), read from the program's text."""
-    source = PROGRAM.read_text(encoding="utf-8")
-    with open(PROGRAM, "rb") as file:
-        comments = {
-            token.start[0]: token.string
-            for token in tokenize.tokenize(file.readline)
-            if token.type == tokenize.COMMENT
-        }
-    body = next(
-        n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "Settings"
-    ).body
-    return [
-        SimpleNamespace(
-            arg=node.target.id,
-            comment=" ".join(
-                comments[line].lstrip("# ")
-                for line in range(node.lineno, node.end_lineno + 1)
-                if line in comments
-            ),
-        )
-        for node in body
-        if isinstance(node, ast.AnnAssign)
+def test_synthetic_data_are_called_so_at_the_beginning_and_at_the_end(ran):
+    assert next(line for line in ran.printed if line.startswith("data:")).startswith("data: SYNTHETIC images")
+    assert ran.printed[-3:] == [
+        *("SYNTHETIC data: these figures say nothing about real images", ""),
+        f"results: {ran.out}",
     ]
 
 
-def test_help_lists_every_field_with_its_comment(script):
-    done = script("--help", check=0, env={"COLUMNS": "1000"})
-    shown = " ".join(done.stdout.split())
-    listed = fields_in_source()
-    assert len(listed) > 25
-    for item in listed:
-        assert item.comment, item.arg
-        assert re.search(rf"--{item.arg.replace('_', '-')}\b", shown), item.arg
-        assert " ".join(item.comment.split()) in shown, item.arg
-    assert "(default: 0.4)" in shown
+def test_the_tables_fit_80_columns_and_line_up(ran):
+    starts = [line for line in ran.printed if line.startswith("policy ")]
+    lines = [line for line in ran.printed if re.match(r"(ast|full|random|short) +\d", line)]
+    assert len(starts) == 8 + 1, "one before each run, one at the end"
+    assert len(lines) == len(rows(ran.out)) + 4
+    assert {len(line) for line in lines[-4:]} == {len(starts[-1])}
+    assert {len(line) for line in lines[:-4]} == {len(starts[0])}
+    row = {"policy": "random", "epoch": 100, "epochs": 100, "phase": "warmup", "val_accuracy": 100.0}
+    row |= {"train_loss": 12.3456, "activation_rate": 1.0, "target_activation": 1.0, "threshold": -1.25}
+    assert len(ast.epoch_line(row | {"seconds": 99999.9, "eta_seconds": 35999})) <= 80
+    costs = {"final_accuracy": 100.0, "activation_rate": 1.0, "train_seconds": 86400, "total_seconds": 90000}
+    costs |= {"flops": 9e17, "unit_energy": 1.3e12, "joules": 87654321.0}
+    assert all(len(line) <= 80 for line in ast.table_of({"random": costs}))
+    assert [ast.clock(s) for s in (0, 59.4, 61, 3600, 86399)] == "0 s,59 s,1:01,1:00:00,23:59:59".split(",")
+
+
+@pytest.mark.parametrize(
+    "measured,told",
+    [
+        ({"speedup_vs_full": None},
+         "no full run beside it (--compare full), so what is saved was not measured"),
+        ({"speedup_vs_full": 0.83, "total_speedup_vs_full": 0.9, "flops_saved_percent_vs_full": -12.34,
+          "accuracy_minus_full": -1.5}, "measured against full training: 0.83 times its training speed "
+         "(0.90 times with evaluation and checkpoints), -12.3 % FLOPs saved, -1.50 points of accuracy"),
+        ({"accuracy_minus_random": 0.004}, "ast is ahead of random selection of as many samples: +0.00 "),
+        ({"accuracy_minus_random": -2.0}, "ast is not ahead of random selection of as many samples: -2.00 "),
+        ({"accuracy_minus_short": 0.0}, "ast is not ahead of plain training of as few epochs: +0.00 points"),
+    ],
+)  # fmt: skip
+def test_the_report_tells_what_was_measured_whichever_way_it_fell(ran, measured, told):
+    none = dict.fromkeys(MEASURED.split())
+    lines = ast.report(ran.summary | {"measured": none | measured}).splitlines()
+    [line] = [line for line in lines if line.startswith(told)]
+    assert line.endswith("points, seeds: 2 (one proves nothing)") == ("ahead of" in told)
+    others = [line for line in lines if "measured" in line or "ahead of" in line]
+    assert len(others) == (1 if "speedup_vs_full" in measured else 2)
+
+
+def test_the_report_tells_of_references_and_how_to_go_on(ran):
+    stopped = {"complete": False, "stopped_by": "SIGTERM", "references": {"a rule": {"words": "78 %, alone"}}}
+    lines = ast.report(ran.summary | stopped).splitlines()
+    assert "a rule: 78 %, alone" in lines
+    assert lines[-1] == "stopped by SIGTERM: go on with --resume (or settings.resume = True)"
+
+
+# --- the script ---
+
+
+def test_the_script_alone_in_an_empty_folder_trains_on_ones_own_images(script):
+    write_images(script.folder / "images", train=12, test=4)
+    env = {"AST_DATA": "images", "AST_EPOCHS": "3", "AST_BATCH_SIZE": "16"}
+    done = script("--batch-size", 8, "--compare", "random", env=env, check=0)
     assert done.stderr == ""
-
-
-@pytest.mark.slow
-def test_variables_set_a_run_and_flags_beat_them(place):
-    env = {"AST_DATA": "shapes", "AST_TRAIN_SIZE": "60", "AST_OUT": "there", "AST_BATCH_SIZE": "16"}
-    done = place.run(*AT_ONCE, "--batch-size", 8, env=env)
-    settings = json.loads((place.folder / "there" / "config.json").read_text())["settings"]
-    assert (settings["data"], settings["train_size"], settings["batch_size"]) == ("shapes", 60, 8)
-    assert "train_size = 60  (AST_TRAIN_SIZE)" in done.stdout
-    assert summary(place.folder / "there")["n_train"] == 60
-
-
-def test_an_unknown_variable_is_refused(cifar, earlier, monkeypatch, capfd):
-    before = files(earlier)
-    err = refuse(cifar, monkeypatch, capfd, earlier, env={"AST_TARGET_ACTIVATIO": "0.3"})
-    assert "AST_TARGET_ACTIVATIO=0.3" in err
-    assert "AST_TARGET_ACTIVATION;" in err
-    assert files(earlier) == before
-
-
-@pytest.mark.slow
-def test_without_out_results_go_to_runs(place):
-    place.run(*SMALL, *AT_ONCE)
-    assert (place.folder / "runs" / "cifar10_ast" / "summary.json").exists()
-
-
-def test_importing_the_program_prints_and_writes_nothing(script):
-    before = files(script.folder)
-    code = f"import sys; sys.path.insert(0, {str(script.folder)!r}); import cifar10_ast"
-    done = subprocess.run(
-        [sys.executable, "-I", "-B", "-c", code],
-        cwd=script.folder,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=300,
-    )
-    assert (done.stdout, done.stderr) == ("", "")
-    assert files(script.folder) == before
-
-
-@pytest.mark.slow
-def test_on_real_images_it_learns_and_calls_nothing_synthetic(script, real_cifar):
-    done = script("--data", real_cifar, "--train-size", 6000, "--epochs", 3, "--compare", "random", check=0)
-    summary = json.loads((script.folder / "runs" / "cifar10_ast" / "summary.json").read_text())
-    assert (summary["n_train"], summary["n_val"], summary["synthetic"]) == (6000, 10_000, False)
+    assert {path.name for path in script.folder.iterdir()} == {"cifar10_ast.py", "images", "runs"}
+    found = summary(out := script.folder / "runs" / "cifar10_ast")
+    assert {path.name for path in out.iterdir()} == set(OUTPUTS.split())
+    assert (found["dataset"], found["synthetic"]) == ("images", False)
+    assert (found["n_train"], found["n_val"]) == (36, 12)
+    assert json.loads((out / "config.json").read_text())["settings"]["batch_size"] == 8
     assert "SYNTHETIC" not in done.stdout
-    ours, random = summary["policies"]["ast"], summary["policies"]["random"]
-    assert ours["final_accuracy"] > 15  # chance is 10
-    assert ours["activated"] == random["activated"] == 6000 * 1.8
+    assert f"results: {out.relative_to(script.folder)}" in done.stdout
+    assert len([line for line in done.stdout.splitlines() if re.match(r"(ast|random) +\d/3", line)]) == 6
+    assert found["policies"]["ast"]["final_accuracy"] > 50, "three colours are learned"
+
+
+def test_importing_the_program_prints_and_writes_nothing_and_help_lists_every_setting(script):
+    before = files(script.folder)
+    code = f"import sys; sys.path.insert(0, {str(script.folder)!r}); import cifar10_ast; "
+    code += "sys.argv[1:] = ['--help']; print('imported'); cifar10_ast.main()"
+    done = subprocess.run(
+        [sys.executable, "-I", "-B", "-c", code], cwd=script.folder, env={**os.environ, "COLUMNS": "1000"},
+        capture_output=True, text=True, check=True, timeout=300,
+    )  # fmt: skip
+    first, shown = " ".join(done.stdout.split()).split(" ", 1)
+    assert (first, done.stderr) == ("imported", "")
+    assert files(script.folder) == before
+    for item in fields(ast.Settings):
+        assert re.search(rf" {ast.flag(item.name)}[ ,].*{re.escape(item.metadata['help'])}", shown), item.name
+    assert {"(default: 0.4)", "(default: auto)"} <= set(re.findall(r"\(default: \S+\)", shown))
+
+
+@pytest.mark.parametrize(
+    "name,code,words", [("SIGINT", 130, "Ctrl-C"), ("SIGTERM", 143, "SIGTERM"), ("SIGHUP", 129, "SIGHUP")]
+)
+def test_a_signal_saves_and_stops_with_128_and_its_number(tmp_path, monkeypatch, capfd, name, code, words):
+    number, out = getattr(signal, name), tmp_path / "out"
+    flags = f"--data shapes --train-size {N} --batch-size 16 --epochs 900 --compare none --out {out}"
+    monkeypatch.setattr(sys, "argv", ["cifar10_ast.py", *flags.split()])
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(number, lambda *_: pytest.fail("the program does not listen"))
+
+    def send():
+        while not (out / "metrics.jsonl").exists() or not rows(out):
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=send, daemon=True).start()
+    try:
+        assert ast.main() == code
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    shown, err = capfd.readouterr()
+    assert err == f"{words}: saving and stopping; once more to stop at once\n"
+    assert "--resume" in shown
+    found = summary(out)
+    assert (found["complete"], found["stopped_by"]) == (False, words)
+    assert {path.name for path in out.iterdir()} == set(OUTPUTS.split())
+    state = ast.load_checkpoint(out / "checkpoints", print)
+    assert found["policies"]["ast"]["final_accuracy"] == rows(out)[-1]["val_accuracy"]
+    assert len(state["trainer"]["rows"]) == len(rows(out))
+
+
+def test_a_time_limit_is_a_clean_end(tmp_path, monkeypatch):
+    flags = f"--data shapes --train-size 20 --time-limit 1e-9 --out {tmp_path}/o"
+    monkeypatch.setattr(sys, "argv", ["cifar10_ast.py", *flags.split()])
+    assert ast.main() == 0
+    found = summary(tmp_path / "o")
+    assert (found["complete"], found["stopped_by"], found["policies"]) == (False, "time limit", {})
+    assert set(found["measured"].values()) == {None}
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path):
+    with Script(tmp_path).start("--data", "shapes", "--train-size", 200_000) as process:  # draws for long
+        assert process.stdout.readline().startswith("cifar10_ast: torch")
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr.readline() == "SIGTERM: saving and stopping; once more to stop at once\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == -signal.SIGTERM

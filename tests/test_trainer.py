@@ -161,34 +161,6 @@ def test_each_gate_holds_its_rate_and_learns(loaders, model, gate):
     assert (results["activation_rate"] == 1) == (gate == "full")
 
 
-@pytest.mark.parametrize("kind", ["arrays", "tensors", "dataset", "TensorDataset"])
-def test_arrays_and_map_style_datasets_serve_as_well(digits, kind):
-    kinds = {"arrays": lambda images, labels: (images.numpy(), labels.numpy()), "dataset": Counting}
-    wrap = kinds | {"tensors": lambda *parts: parts, "TensorDataset": TensorDataset}
-    config, network = {"batch_size": 16, "lr": 0.01}, nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    train, val = (
-        wrap[kind](*(part[where] for part in digits)) for where in (slice(TRAIN), slice(TRAIN, None))
-    )
-    results = ast.AdaptiveSparseTrainer(network, train, val, config, listeners=[]).train(epochs=3)
-    assert results["final_accuracy"] > 80
-    assert results["candidates"] == 3 * TRAIN
-
-
-def test_uint8_images_reach_the_model_as_floats_channels_first():
-    seen = []
-
-    class Probe(nn.Linear):
-        def forward(self, x):
-            seen.append((x.shape[1:], x.dtype, float(x.max())))
-            return super().forward(x.mean((2, 3)))
-
-    images = np.random.default_rng(0).integers(0, 256, (64, 6, 5, 3), dtype=np.uint8)
-    arrays = (images, np.arange(64) % 2)
-    ast.AdaptiveSparseTrainer(Probe(3, 2), arrays, arrays, listeners=[]).train(epochs=1)
-    assert {shape for shape, _, _ in seen} == {(3, 6, 5)}
-    assert all(dtype == torch.float32 and 0.9 < top <= 1 for _, dtype, top in seen)
-
-
 class EveryOther:
     """A gate of one's own; `views`: one that stands after the loader."""
 
@@ -220,21 +192,13 @@ def test_a_gate_of_ones_own_is_taken(loaders, model, views, given):
     assert results["epochs"][-1]["threshold"] is results["epochs"][-1]["significance_quantiles"] is None
 
 
-def test_balance_without_labels_to_go_by_is_refused_in_a_sentence(digits, loaders, model):
-    with pytest.raises(ast.BadInput, match="balance: labels none: expected 1797 of 0 or more"):
-        ast.AdaptiveSparseTrainer(model, Counting(*digits), loaders[1], {"balance": True})
-
-
 # --- any model, optimizer and criterion ---
 
 
 @pytest.mark.parametrize(
     "wrong,told",
     [
-        (
-            nn.Sequential(nn.Flatten(0), nn.Linear(128, 10)),
-            r"returns \[10\]: expected logits \[samples, classes\]",
-        ),
+        (nn.Sequential(nn.Flatten(0), nn.Linear(128, 10)), r"returns \[10\]: expected logits \[samples,"),
         (nn.Identity(), r"returns \[2, 1, 8, 8\]: expected logits"),
         (nn.Sequential(nn.Flatten(2), nn.RNN(64, 10, batch_first=True)), "returns tuple: expected logits"),
         (nn.Sequential(nn.Flatten(), nn.Linear(64, 5)), r"labels from \d to \d: expected 0 to 4"),
@@ -242,7 +206,6 @@ def test_balance_without_labels_to_go_by_is_refused_in_a_sentence(digits, loader
     ids=["too few dimensions", "too many", "a tuple", "too few classes"],
 )
 def test_a_model_that_does_not_fit_is_told_before_a_step_is_taken(loaders, wrong, told):
-    wrong.append(nn.Identity()) if isinstance(wrong, nn.Sequential) else None
     before = [p.clone() for p in wrong.parameters()]
     optimizer = torch.optim.SGD([*wrong.parameters(), nn.Parameter(torch.zeros(1))], lr=0.1)
     with pytest.raises(ast.BadInput, match=told):
@@ -258,12 +221,6 @@ def test_a_criterion_of_ones_own_trains_and_scores_stay_raw_losses(loaders, mode
     trainer = ast.AdaptiveSparseTrainer(model, *loaders, criterion=doubled, gate=gate, listeners=[])
     row = trainer.train(epochs=1)["epochs"][0]
     assert row["train_loss"] == pytest.approx(2 * np.mean([loss for _, loss in gate.observed]), rel=1e-4)
-
-
-def test_a_criterion_that_averages_is_told(loaders, model):
-    trainer = ast.AdaptiveSparseTrainer(model, *loaders, criterion=nn.CrossEntropyLoss(), listeners=[])
-    with pytest.raises(ast.BadInput, match=r"shape \[\]: expected one a sample; use reduction='none'"):
-        trainer.train(epochs=1)
 
 
 def test_every_group_keeps_its_share_of_the_learning_rate(loaders, model):
@@ -287,10 +244,8 @@ def test_clip_norm_bounds_a_step(digits):
         network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
         before, optimizer = network[1].weight.clone(), torch.optim.SGD(network[1:].parameters(), lr=1.0)
         config = {"amp": "off", "batch_size": len(digits[0]), "device": "cpu"}
-        trainer = ast.AdaptiveSparseTrainer(
-            network, digits, digits, config, optimizer, listeners=[], clip_norm=clip_norm
-        )
-        trainer.train(epochs=1)
+        how = {"listeners": [], "clip_norm": clip_norm}
+        ast.AdaptiveSparseTrainer(network, digits, digits, config, optimizer, **how).train(epochs=1)
         return float((network[1].weight - before).detach().norm())
 
     assert moved(1e-3) <= 0.2 * 1e-3 * 1.01 < moved(0.0) / 10, "0.2: the schedule's share of the only step"
@@ -326,7 +281,6 @@ def test_a_dragged_target_takes_hold_at_the_next_chunk_and_the_rate_still_ends_a
     assert (change["control"], change["old"], change["new"]) == ("target_activation", 0.4, 0.1)
     assert change["set_at"] == change["candidates"] == 30 * TRAIN / 20
     assert change["epochs"] == pytest.approx(1.5)
-    assert 0 < change["seconds"] < results["total_seconds"]
     assert abs(change["time"] - time.time()) < 600
     assert change["words"] == "target activation 0.1"
     assert [row["activation_rate"] for row in results["epochs"][2:]] == pytest.approx([0.1] * 3, abs=0.01)
@@ -358,19 +312,14 @@ def test_only_the_target_of_sparse_and_ramp_epochs_can_be_moved(loaders, model):
     assert [round(row["activation_rate"], 2) for row in results["epochs"]] == [1, 0.1, 0.1, 0.1, 1]
 
 
-@pytest.mark.parametrize(
-    "control,value",
-    [
-        *(("target_activation", value) for value in (0, 1.5, math.nan)),
-        *(("learning_rate_factor", value) for value in (0, math.inf)),
-        *(("gate", 1), ("temperature", 0.5)),
-    ],
-)
+WRONG = [("target_activation", value) for value in (0, 1.5, math.nan)]
+WRONG += [("learning_rate_factor", 0), ("learning_rate_factor", math.inf), ("temperature", 0.5)]
+
+
+@pytest.mark.parametrize("control,value", WRONG)
 def test_a_wish_that_cannot_be_is_refused_and_changes_nothing(control, value):
     controls = ast.Controls()
-    with pytest.raises(
-        ast.BadInput, match=rf"control {control} {value}: expected target_activation in \(0, 1\]"
-    ):
+    with pytest.raises(ast.BadInput, match=rf"control {control} {value}: expected target_activation in"):
         controls.set(control, value)
     assert controls.values == ast.Controls().values
     assert not controls.asked
@@ -402,28 +351,23 @@ def test_a_stop_ends_after_the_step_in_hand_with_results_so_far(loaders, model):
     assert change["epochs"] == pytest.approx(2.5)
 
 
-@pytest.mark.parametrize("moment", ["before", "in the first epoch"])
-def test_stopped_before_an_epoch_has_ended_results_claim_nothing(loaders, model, moment):
+@pytest.mark.parametrize("chunk", [0, 3])
+def test_stopped_before_an_epoch_has_ended_results_claim_nothing(loaders, model, chunk):
     controls = ast.Controls()
-    stop = at("chunk" if moment != "before" else "start", 3, lambda: controls.ask_stop("enough"))
-    if moment == "before":
-        controls.ask_stop("enough")
+    controls.stop = None if chunk else "enough"
+    stop = at("chunk", chunk, lambda: controls.ask_stop("enough"))
     _, results = trained(loaders, model, [stop], controls)
     assert not results["complete"]
     assert results["epochs"] == []
     assert results["final_accuracy"] is results["best_accuracy"] is None
 
 
-def paused(loaders, listeners=()):
+def paused(loaders):
     """A run in a thread that was paused in its third epoch and stands still."""
     torch.manual_seed(0)
     made = SimpleNamespace(controls=ast.Controls(), chunks=[], results=[], began=time.perf_counter())
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    listeners = [
-        keeping("chunk", made.chunks),
-        at("chunk", 50, lambda: made.controls.pause(True)),
-        *listeners,
-    ]
+    listeners = [keeping("chunk", made.chunks), at("chunk", 50, lambda: made.controls.pause(True))]
     work = lambda: made.results.append(trained(loaders, network, listeners, made.controls)[1])  # noqa: E731
     made.worker = threading.Thread(target=work, daemon=True)
     made.worker.start()
@@ -453,15 +397,10 @@ def test_a_pause_offers_no_candidate_costs_nobody_and_changes_nothing(digits):
     made.controls.pause(False)
     results = ended(made)
     assert results["total_seconds"] <= time.perf_counter() - made.began - stood
-    told = [
-        (change["control"], change["old"], change["new"], change["words"]) for change in results["changes"]
-    ]
-    assert told == [("paused", False, True, "paused"), ("paused", True, False, "resumed")]
-    untimed = [
-        [{k: v for k, v in row.items() if k not in TIMED} for row in r["epochs"]]
-        for r in (results, undisturbed)
-    ]
-    assert untimed[0] == untimed[1]
+    told = [[change[key] for key in ("control", "old", "new", "words")] for change in results["changes"]]
+    assert told == [["paused", False, True, "paused"], ["paused", True, False, "resumed"]]
+    for row, expected in zip(results["epochs"], undisturbed["epochs"], strict=True):
+        assert {k: v for k, v in row.items() if expected[k] != v}.keys() <= TIMED
 
 
 @pytest.mark.parametrize("how", ["stop button", "time limit"])
@@ -488,8 +427,8 @@ def test_listeners_are_told_in_order_what_the_run_does(loaders, model):
     told = [(event, data) for event, data in told if event != "notice"]  # a busy machine waits for data
     epoch = [*["chunk"] * 20, "epoch"]
     assert [event for event, _ in told] == ["start", *epoch, *epoch, *epoch, *epoch, "end"]
-    about = {"policy": "ast", "seed": 7, "epochs": 4, "n": TRAIN, "rows": [], "changes": []}
-    assert told[0][1] == about
+    about = {"policy": "ast", "seed": 7, "epochs": 4, "n": TRAIN}
+    assert told[0][1] == about | {"rows": [], "changes": []}
     assert told[-1][1] == results
     chunks = [data for event, data in told if event == "chunk"]
     assert [chunk["candidates"] for chunk in chunks[:21]] == [*range(40, 801, 40), 40]
@@ -503,10 +442,8 @@ def test_listeners_are_told_in_order_what_the_run_does(loaders, model):
         assert [chunk[key] for chunk in chunks] == sorted(chunk[key] for chunk in chunks)
     assert chunks[-1]["flops_per_sample"] == results["flops_per_sample"]
     epochs = [data for event, data in told if event == "epoch"]
-    assert [
-        {k: data[k] for k in row} for data, row in zip(epochs, results["epochs"], strict=True)
-    ] == results["epochs"]
-    assert [data["epochs"] for data in epochs] == [4] * 4
+    for data, row in zip(epochs, results["epochs"], strict=True):
+        assert data.items() >= (row | {"epochs": 4}).items()
     assert epochs[-1]["unit_saved"] == pytest.approx(results["energy_savings"])
     assert epochs[-1]["eta_seconds"] == 0 < epochs[0]["eta_seconds"]
 
@@ -528,23 +465,9 @@ def test_results_follow_from_the_epochs(loaders, model):
     assert results["speedup"] == pytest.approx(10 * 6 * TRAIN / unit)
     assert results["train_seconds"] == pytest.approx(sum(row["seconds"] for row in epochs), rel=0.05)
     assert results["train_seconds"] < results["total_seconds"]
-    assert results["flops_uncounted"]
     assert results["samples_at_once"] == 32
     assert (results["joules"] is None) == results["joules_method"].startswith("unavailable (")
     assert int(trainer.times_activated.sum()) == sum(r["activated"] for r in epochs if r["phase"] == "sparse")
-
-
-def test_a_row_tells_how_the_gate_stands_where_it_chooses(loaders, model):
-    _, results = trained(loaders, model, epochs=4, anneal_epochs=1)
-    gated = [row["threshold"] is not None for row in results["epochs"]]
-    assert gated == [False, True, True, False]
-    for row, by_gate in zip(results["epochs"], gated, strict=True):
-        assert (row["controller"] is not None) == by_gate
-        assert len(row["significance_quantiles"]) == 21
-        assert row["significance_quantiles"] == sorted(row["significance_quantiles"])
-        if by_gate:
-            assert set(row["controller"]) == {"ema", "p", "i", "feedforward"}
-            assert row["controller"]["ema"] == pytest.approx(row["target_activation"], abs=0.01)
 
 
 def test_training_again_begins_anew_on_the_weights_as_they_are(loaders, model):
@@ -553,38 +476,13 @@ def test_training_again_begins_anew_on_the_weights_as_they_are(loaders, model):
     assert [row["epoch"] for row in second["epochs"]] == [1, 2, 3]
     assert second["epochs"][0]["train_loss"] < first["epochs"][0]["train_loss"]
     assert second["candidates"] == 3 * TRAIN
-    assert (len(first["epochs"]), first["candidates"]) == (2, 2 * TRAIN), (
-        "the first results stay as they were"
-    )
-
-
-def test_the_same_seed_trains_alike_and_another_otherwise(digits):
-    def train(seed):
-        torch.manual_seed(0)
-        network, arrays = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), tuple(part[:200] for part in digits)
-        ast.AdaptiveSparseTrainer(network, arrays, arrays, listeners=[], seed=seed).train(epochs=3)
-        return network[1].weight
-
-    assert torch.equal(train(3), train(3))
-    assert not torch.equal(train(3), train(4))
-
-
-def test_a_second_policy_given_the_first_ones_rates_activates_as_many(loaders):
-    def train(**options):
-        network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-        return ast.AdaptiveSparseTrainer(network, *loaders, listeners=[], **options).train(epochs=6)
-
-    first = train(config={"target_activation": 0.17})
-    rates = [row["activated"] / row["candidates"] for row in first["epochs"]]
-    second = train(config={"gate": "random"}, rates=rates)
-    assert [r["activated"] for r in second["epochs"]] == [r["activated"] for r in first["epochs"]]
+    assert (len(first["epochs"]), first["candidates"]) == (2, 2 * TRAIN), "as they were"
 
 
 def test_the_state_is_saved_at_the_start_and_after_each_epoch(loaders, model):
     epochs = []
-    trainer = ast.AdaptiveSparseTrainer(
-        model, *loaders, listeners=[], save=lambda: epochs.append(trainer.epoch)
-    )
+    save = lambda: epochs.append(trainer.epoch)  # noqa: E731
+    trainer = ast.AdaptiveSparseTrainer(model, *loaders, listeners=[], save=save)
     trainer.train(epochs=3)
     assert epochs == [0, 1, 2, 3]
 
@@ -594,25 +492,10 @@ def test_a_table_is_printed_unless_there_are_listeners(loaders, model, capfd):
     assert capfd.readouterr() == ("", "")
     ast.AdaptiveSparseTrainer(model, *loaders).train(epochs=2)
     shown = [line for line in capfd.readouterr().out.splitlines() if "waited for data" not in line]
-    assert [line.split()[:3] for line in shown] == [
-        ["policy", "epoch", "phase"],
-        *[["ast", f"{i}/2", p] for i, p in ((1, "warmup"), (2, "sparse"))],
-    ]
+    assert [line.split()[1:3] for line in shown] == [["epoch", "phase"], ["1/2", "warmup"], ["2/2", "sparse"]]
 
 
 # --- waiting ---
-
-
-class Clock:
-    """Stands in for the module `time`: it moves only when told to."""
-
-    def __init__(self):
-        self.now = 1000.0
-
-    def perf_counter(self):
-        return self.now
-
-    monotonic = time = perf_counter
 
 
 @pytest.mark.parametrize(
@@ -623,7 +506,8 @@ class Clock:
 def test_waiting_for_data_and_for_nothing_else_brings_one_line_of_advice(
     digits, monkeypatch, reading, computing, remembering, told
 ):
-    clock, notices = Clock(), []
+    clock, notices = SimpleNamespace(now=1000.0), []
+    clock.perf_counter = clock.monotonic = lambda: clock.now
     monkeypatch.setattr(ast, "time", clock)
 
     def takes(seconds):
