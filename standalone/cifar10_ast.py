@@ -905,7 +905,7 @@ class Batch:
     def rows(self, indices: Tensor, weights: Tensor) -> Batch:
         """Those of its samples that `indices` names, int64 [k], with new weights."""
         order = self.indices.argsort()
-        rows = order[torch.searchsorted(self.indices[order], indices)]
+        rows = order[torch.searchsorted(self.indices[order], indices.contiguous())]
         rows = rows.to(self.labels.device, non_blocking=True)
         return Batch(indices, weights, self.images[rows], self.labels[rows], self.missing[:0])
 
@@ -2883,7 +2883,7 @@ class Run:
         for listener in self.listeners:
             listener("plan", {"work": work, "seeds": self.seeds, "done": done})
         for seed, policy in itertools.product(self.seeds, self.policies):
-            if (policy, seed) not in done and not self.controls.stopping():
+            if (policy, seed) not in done and (stored or not self.controls.stopping()):
                 self.train(policy, seed, stored)
                 stored = None
         return self.close()
@@ -2896,8 +2896,9 @@ class Run:
         self.finished = stored["finished"]
         self.skipped |= dict.fromkeys(stored["skipped"])
         events, running = self.out / "events.jsonl", stored["trainer"] or {"changes": []}
-        later = len(events.read_bytes().splitlines()) if events.exists() else 0
-        later -= sum(len(run["changes"]) for run in (*self.finished, running))
+        known = [change["control"] for run in (*self.finished, running) for change in run["changes"]]
+        told = events.read_text(encoding="utf-8") if events.exists() else ""
+        later = sum(told.count(f'"{name}"') - known.count(name) for name in self.controls.values)
         if later > 0:
             self.say(f"{later} changes by hand in the epoch that was cut are dropped: it is trained again")
 
@@ -2974,7 +2975,7 @@ class Run:
 
     def record(self, event: str, data: dict) -> None:
         """A listener: the files that grow while it trains are written whole; a short time limit is told."""
-        if event in ("plan", "epoch", "control"):
+        if event in ("start", "epoch", "control"):
             rows = [row for run in self.results() for row in run["epochs"]]
             changes = [change for run in self.finished for change in run["changes"]]
             changes += self.trainer.changes if self.trainer else []

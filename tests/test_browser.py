@@ -221,8 +221,10 @@ def newest_rate(picture):
     line = abs(panel[:zero] - ORANGE).max(2) < 40
     if not line.any():
         return None
-    last = line[:, np.flatnonzero(line.any(0))[-2:]]  # beyond a line that marks a change
-    return (zero - np.flatnonzero(last.any(1)).mean()) / (zero - np.flatnonzero(line.any(1))[0])
+    one = np.flatnonzero(line.any(1))[0]
+    line[:, line[zero - 5 :].any(0)] = False  # what reaches down to the axis marks a change
+    last = line[:, np.flatnonzero(line.any(0))[-2:]]
+    return (zero - np.flatnonzero(last.any(1)).mean()) / (zero - one)
 
 
 def drawn_near(image, rate):
@@ -305,7 +307,8 @@ def test_a_person_steers_a_run_with_the_mouse_and_stops_it(tab, lab, record_prop
         assert too_wide(cell.locator(".jp-OutputArea-output").first) <= 0
 
     # the slider, with the mouse
-    handle, track = slider.locator(".noUi-handle").bounding_box(), slider.locator(".noUi-base").bounding_box()
+    handle = slider.locator(".noUi-handle, .ui-slider-handle").bounding_box()  # of ipywidgets 8, and 7
+    track = slider.locator(".noUi-base, .ui-slider").bounding_box()
     x, y = handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2
     page.mouse.move(x, y)
     page.mouse.down()
@@ -331,8 +334,9 @@ def test_a_person_steers_a_run_with_the_mouse_and_stops_it(tab, lab, record_prop
     pause.click()
     tab.until(lambda: "paused" in words.inner_text(), "the word that it pauses")
     tab.see(slider, "paused")
+    page.wait_for_timeout(3000)  # it may have been evaluating
     epochs = len(rows(lab, "metrics.jsonl"))
-    page.wait_for_timeout(2000)  # more than an epoch of now
+    page.wait_for_timeout(3000)  # more than an epoch of now
     assert len(rows(lab, "metrics.jsonl")) == epochs
     pause.click()
     tab.until(lambda: "paused" not in words.inner_text(), "the word that it goes on")

@@ -171,10 +171,11 @@ def test_random_activates_as_many_as_ast_in_every_epoch_and_short_costs_as_much(
 
 
 def test_events_have_the_keys_of_the_first_edition_and_the_report_counts_changes(tmp_path):
-    controls, seen = ast.Controls(), []
+    controls, seen, written = ast.Controls(), [], []
 
     def steer(event, data):
         seen.append(event)
+        written.extend([len(changes(tmp_path / "out"))] if event == "control" else [])
         if seen.count("chunk") == 45 and event == "chunk":
             controls.set("target_activation", 0.1)
             controls.pause(True)
@@ -185,7 +186,7 @@ def test_events_have_the_keys_of_the_first_edition_and_the_report_counts_changes
     assert list(first) == ["time", "candidates", "control", "old", "new", "set_at", "applied_at"]
     assert (first["control"], first["old"], first["new"]) == ("target_activation", 0.4, 0.1)
     assert first["set_at"] <= first["applied_at"] == first["candidates"] < first["set_at"] + N / 10
-    assert [change["new"] for change in pauses] == [True, False]
+    assert ([change["new"] for change in pauses], written) == ([True, False], [1, 2, 3]), "at once"
     assert ran.summary["changes_by_hand"] == 1, "a pause changes nothing"
     assert any("changes made by hand: 1 (events.jsonl)" in line for line in ran.printed)
 
