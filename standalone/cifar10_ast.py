@@ -2450,8 +2450,8 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # none, or a P100, for which most builds have no code
         found = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
         raise BadInput(
-            f"--device {name}: expected a GPU that torch {torch.__version__} has code for, such as a T4; found "
-            f"{found} ({one_line(error)}); try --device cpu"
+            f"--device {name}: expected a GPU that torch {torch.__version__} has code for, such as a T4; "
+            f"found {found} ({one_line(error)}); try --device cpu"
         ) from error
     return device
 
