@@ -179,7 +179,7 @@ loop: the gate is asked with less than two batches in hand
 + while len(indices) < size and tally.candidates < len(order):
 > sources the_gate_is_asked_only_when_its_batches_are_due
 loop: what is chosen after the loader are other samples' images
-- rows = order[torch.searchsorted(self.indices[order], indices)]
+- rows = order[torch.searchsorted(self.indices[order], indices.contiguous())]
 + rows = torch.searchsorted(self.indices[order], indices)
 > sources every_activated_sample_is_trained_on_once_in_full_batches
 loop: packing leaves a short last batch
@@ -227,7 +227,7 @@ checkpoints: a cut epoch that is trained again costs nothing
 views: an edge is repeated, not reflected
 - return torch.where(index < size, index, 2 * (size - 1) - index)
 + return torch.where(index < size, index, 2 * size - 1 - index)
-> data
+> run a_view_is_the_image_shifted_by_up_to_four_pixels_and_maybe_mirrored_by_its_generator_alone
 subset: the first that come, whatever their classes
 - return np.sort(order[np.argsort(turn[order], kind="stable")[:size]])
 + return np.sort(order[:size])
@@ -263,15 +263,15 @@ dashboard: nobody may change their mind before a wish is taken up
 pictures: the rate is the mean since the start
 - now["rate"] = (now["activated"] - before["activated"]) / (now["candidates"] - before["candidates"])
 + now["rate"] = now["activated"] / now["candidates"]
-> pictures the_rate_is_that_of_the_newest_decisions
+> pictures a_history_of_results_tells_what_the_events_told
 pictures: of several seeds the first one's are drawn
 - draw_panels(figure, [h for h in histories if h.seed == histories[-1].seed], panels)
 + draw_panels(figure, [h for h in histories if h.seed == histories[0].seed], panels)
 > pictures of_several_seeds_the_last_ones_runs_are_drawn
 # --- run, report, flags, settings ---
 run: the file of events is not told of a change
-- if event in ("plan", "epoch", "control"):
-+ if event in ("plan", "epoch"):
+- if event in ("start", "epoch", "control"):
++ if event in ("start", "epoch"):
 > resume a_stop_is_no_change_that_could_be_dropped
 report: a run that was cut counts in the means
 - results = [r for r in results if r["complete"]] or results
