@@ -32,12 +32,7 @@
 # epochs, 20% dearer, 78.81 %, -0.11 ± 0.24 (3). cpu (AMD EPYC, 1 threads), 2026-11-23.
 # <!-- /measured -->
 #
-# As a script, alone, anywhere:
-#
-#     python cifar10_ast.py                                  # about five minutes on a CPU
-#     python cifar10_ast.py --target-activation 0.2 --seeds 0,1,2
-#     python cifar10_ast.py --data path/to/images --epochs 30 --resume
-#
+# As a script, alone, anywhere: `python cifar10_ast.py`, about five minutes on a CPU; `--help` lists the flags.
 # As a notebook: Run all. Needs torch 2.10 or newer, torchvision, numpy, matplotlib and tqdm; no GPU.
 
 # %% Your run [markdown]

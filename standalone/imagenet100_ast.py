@@ -39,15 +39,10 @@
 # (Intel(R) Xeon(R) Processor, 2 threads), 2026-11-22). Not measured on a GPU yet.
 # <!-- /measured -->
 #
-# As a script, alone, anywhere:
-#
-#     python imagenet100_ast.py --data path/to/images       # train/<class>/, val/<class>/, or just <class>/
-#     python imagenet100_ast.py --profile efficiency        # on Kaggle, ambityga/imagenet100 attached
-#     python imagenet100_ast.py --data images.zip --weights none --image-size 64
-#
-# As a notebook: name your data in the form "Your run", then Run all. Needs torch 2.10 or newer, torchvision,
-# numpy, Pillow, matplotlib and tqdm. A GPU such as a T4 is what it is meant for; a CPU takes it too, with
-# smaller images and a smaller network.
+# As a script, alone, anywhere: `python imagenet100_ast.py --data path/to/images`; `--help` lists the flags. As a
+# notebook: name your data in the form "Your run", then Run all. Needs torch 2.10 or newer, torchvision, numpy,
+# Pillow, matplotlib and tqdm. A GPU such as a T4 is what it is meant for; a CPU takes it too, with smaller
+# images and a smaller network.
 
 # %% Your run [markdown]
 # ### Your run
