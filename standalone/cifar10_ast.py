@@ -3741,7 +3741,11 @@ async def run_live(settings: ASTConfig, data: ImageData | None = None, panel: ob
                 if controls.stop:  # a second time: at once
                     raise
                 controls.ask_stop("interrupt")
-    png = live_picture(histories) if histories.runs else None
+    try:
+        png = live_picture(histories) if histories.runs else None
+    except Exception as error:  # nor may the last one lose the results
+        png = None
+        print(f"no last picture: {one_line(error)}")
     if dashboard:
         dashboard.finish(png)
     summary = worker.result()

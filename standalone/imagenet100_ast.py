@@ -39,10 +39,10 @@
 # (Intel(R) Xeon(R) Processor, 2 threads), 2026-11-22). Not measured on a GPU yet.
 # <!-- /measured -->
 #
-# As a script, alone, anywhere: `python imagenet100_ast.py --data path/to/images`; `--help` lists the flags. As a
-# notebook: name your data in the form "Your run", then Run all. Needs torch 2.10 or newer, torchvision, numpy,
-# Pillow, matplotlib and tqdm. A GPU such as a T4 is what it is meant for; a CPU takes it too, with smaller
-# images and a smaller network.
+# As a script, alone, anywhere: `python imagenet100_ast.py --data path/to/images`; `--help` lists the flags.
+# As a notebook: name your data in the form "Your run", then Run all. Needs torch 2.10 or newer, torchvision,
+# numpy, Pillow, matplotlib and tqdm. A GPU such as a T4 is what it is meant for; a CPU takes it too, with
+# smaller images and a smaller network.
 
 # %% Your run [markdown]
 # ### Your run
@@ -4037,7 +4037,11 @@ async def run_live(settings: ASTConfig, data: ImageData | None = None, panel: ob
                 if controls.stop:  # a second time: at once
                     raise
                 controls.ask_stop("interrupt")
-    png = live_picture(histories) if histories.runs else None
+    try:
+        png = live_picture(histories) if histories.runs else None
+    except Exception as error:  # nor may the last one lose the results
+        png = None
+        print(f"no last picture: {one_line(error)}")
     if dashboard:
         dashboard.finish(png)
     summary = worker.result()
