@@ -32,7 +32,7 @@
 # epochs, 20% dearer, 78.81 %, -0.11 ± 0.24 (3). cpu (AMD EPYC, 1 threads), 2026-11-23.
 # <!-- /measured -->
 #
-# As a script, alone, anywhere: `python cifar10_ast.py`, about five minutes on a CPU; `--help` lists the flags.
+# As a script, alone, anywhere: `python cifar10_ast.py`, about five minutes on a CPU; see `--help`.
 # As a notebook: Run all. Needs torch 2.10 or newer, torchvision, numpy, matplotlib and tqdm; no GPU.
 
 # %% Your run [markdown]
