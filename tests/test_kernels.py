@@ -192,7 +192,7 @@ class Kernel:
         ]
 
     def dates(self, cell, kind="status"):
-        """When a cell said something of a kind; first that it is busy, last that it is idle."""
+        """When a cell said something of a kind; its first status is busy, its last idle."""
         heard = [m for m in self.said if m["parent_header"].get("msg_id") == cell and m["msg_type"] == kind]
         return [m["header"]["date"] for m in heard]
 
