@@ -145,9 +145,11 @@ def test_what_cannot_be_read_or_written_is_one_sentence(run, refused, tmp_path):
 
 def test_ctrl_c_gives_130_and_the_same_command_goes_on(run, tmp_path, monkeypatch):
     line = pack_line(write_tree(tmp_path / "in"), tmp_path / "out")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     with monkeypatch.context() as patch:
         patch.setattr(pack, "finish", lambda *_: signal.raise_signal(signal.SIGINT))
         assert "same command" in run(*line, status=130)["said"]
+    signal.signal(signal.SIGINT, before)
     assert "0 of 16 images to pack" in run(*line)["said"]
 
 
