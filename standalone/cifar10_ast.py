@@ -995,26 +995,28 @@ class Controls:
     def _ask(self, control: str, new: object) -> None:
         self.asked.append({"time": time.time(), "control": control, "new": new, "set_at": self.candidates})
 
-    def take(self, target: float) -> Iterator[dict]:
-        """Takes up what was asked; each change with its old value. target: the run's own."""
-        while self.asked:
+    def take(self, target: float, pausing: bool = False) -> Iterator[dict]:
+        """Takes up what was asked; each change with its old value. target: the run's own. A pause, and what
+        was asked after it, is left until it begins (`pausing`)."""
+        while self.asked and (pausing or not self.paused or self.asked[0]["control"] != "paused"):
             change = self.asked.popleft()
             own = {"target_activation": target, "paused": not change["new"], "stop": None}
             old = self.values.get(change["control"]) or own.get(change["control"])
             if change["control"] in self.values:
                 self.values[change["control"]] = change["new"]
             words = f"{change['control'].replace('_', ' ')} {change['new']}"
-            words = {"paused True": "paused", "paused False": "resumed"}.get(words, words)
-            yield change | {"old": old, "candidates": self.candidates, "words": words}
+            short = {"paused True": "paused", "paused False": "resumed", "stop stop button": "stop"}
+            yield change | {"old": old, "candidates": self.candidates, "words": short.get(words, words)}
 
     def stopping(self) -> bool:
         if self.stop is None and time.monotonic() > self.deadline:
             self.stop = "time limit"
         return self.stop is not None
 
-    def wait_or_stop(self, ledger: Ledger) -> bool:
-        """Waits while paused, at nobody's cost; then says whether to stop."""
+    def wait_or_stop(self, ledger: Ledger, tell: Callable[[bool], None]) -> bool:
+        """Waits while paused, at nobody's cost, and tells of it; then says whether to stop."""
         if self.paused:
+            tell(True)
             with ledger.charge(None):
                 while self.paused and not self.stopping():
                     time.sleep(0.02)
@@ -1164,7 +1166,7 @@ class AdaptiveSparseTrainer:
         for batch in batches:
             self.tally.waited += time.perf_counter() - waiting
             self.step(batch)
-            if self.controls.wait_or_stop(self.ledger):
+            if self.controls.wait_or_stop(self.ledger, self.apply_controls):
                 return False
             waiting = time.perf_counter()
         self.remember()
@@ -1233,9 +1235,9 @@ class AdaptiveSparseTrainer:
             self.gate.observe(indices, scores)
             self.times_activated[indices] += self.rate < 1
 
-    def apply_controls(self) -> None:
+    def apply_controls(self, pausing: bool = False) -> None:
         """Takes up what a person asked for, and tells of it."""
-        for change in self.controls.take(self.config.target_activation):
+        for change in self.controls.take(self.config.target_activation, pausing):
             at = self.epoch + (self.tally.candidates / self.tally.n if self.tally else 0)
             self.changes.append(change | {"epochs": at, "seconds": self.ledger.total().seconds})
             self.emit("control", **self.changes[-1])
