@@ -11,7 +11,7 @@ import IPython.display
 import ipywidgets
 import numpy as np
 import pytest
-from conftest import rows, small_net
+from conftest import rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -19,15 +19,9 @@ from test_pictures import N, settings_of
 
 import cifar10_ast as ast
 
+pytestmark = pytest.mark.usefixtures("small_nets_throughout")
 LONG = ["x" * 200, "Donaudampfschifffahrtsgesellschaft " * 4, "ca$h_{$ and \\frac", "猫"]
 MANY = [f"class {i} of the very many that some people have" for i in range(120)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ast, "build_model", small_net)
-        yield
 
 
 @pytest.fixture
@@ -170,9 +164,8 @@ def test_the_most_and_least_chosen_are_those_that_the_run_counted(ran, monkeypat
     times = np.load(Path(summary["out"]) / "samples.npz")["times_activated"]
     gated = [row for row in rows(summary["out"]) if row["policy"] == "ast" and row["target_activation"] < 1]
     assert times.sum() == sum(row["activated"] for row in gated) and times.max() <= len(gated)
-    for word, count, (title, (images, captions)) in zip(
-        ("most", "least"), (times.max(), times.min()), shown[0].items(), strict=True
-    ):
+    extremes = (("most", times.max()), ("least", times.min()))
+    for (word, count), (title, (images, captions)) in zip(extremes, shown[0].items(), strict=True):
         same = np.flatnonzero(times == count)
         assert title == f"Images chosen {word}: {count} times ({len(same)} images, {len(images)} shown)"
         places = [np.flatnonzero((data.train_images[same] == image).all((1, 2, 3))) for image in images]
