@@ -17,30 +17,8 @@ from hypothesis import strategies as st
 
 import build_notebooks
 
-HEADER = """\
-# ---
-# jupyter:
-#   accelerator: GPU
-#   colab:
-#     gpuType: T4
-#   jupytext:
-#     cell_metadata_filter: tags,title,-all
-#     comment_magics: false
-#     formats: notebooks///ipynb,standalone///py:percent
-#     notebook_metadata_filter: accelerator,colab,language_info,-jupytext.text_representation.jupytext_version
-#     text_representation:
-#       extension: .py
-#       format_name: percent
-#       format_version: '1.3'
-#   kernelspec:
-#     display_name: Python 3
-#     language: python
-#     name: python3
-#   language_info:
-#     name: python
-# ---
-"""
-
+HOME, OTHER = "standalone/cifar10_ast.py", "standalone/other.py"
+HEADER = (ROOT / HOME).read_text().partition("\n\n")[0] + "\n"
 TITLE = "# %% A program [markdown]\n# <!-- badges -->\n# <!-- /badges -->\n#\n# What it does."
 WHY = '# %% The gate [markdown] tags=["shared"]\n# The rate drifts; θ × a – and σ – follow it.'
 GATE = '# %% The gate tags=["shared"]\n# cat and ls stay comments\nGAIN = 0.5'
@@ -52,7 +30,6 @@ CELLS = [TITLE, WHY, GATE, OWN, DEVICES, RUN, RUN_LIVE]
 
 README = "# Kit\n\n<!-- badges -->\n<!-- /badges -->\n\nThe end.\n"
 PYPROJECT = '[project.urls]\nRepository = "https://github.com/somebody/some.kit"\n'
-HOME, OTHER = "standalone/cifar10_ast.py", "standalone/other.py"
 BOOK, OLD = "notebooks/other.ipynb", "notebooks/old.ipynb"
 
 
