@@ -1,5 +1,6 @@
 """Fixtures: the program under test is the very file that ships, imported by its path."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -80,6 +81,12 @@ class Script:
 @pytest.fixture
 def script(tmp_path):
     return Script(tmp_path)
+
+
+def at(event, number, action):
+    """A listener that calls `action` at the `number`th `event`."""
+    seen = itertools.count(1)
+    return lambda name, data: action() if name == event and next(seen) == number else None
 
 
 # --- what a run writes and reads ---

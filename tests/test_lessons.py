@@ -2,7 +2,6 @@
 
 import functools
 import io
-import itertools
 import re
 import warnings
 from pathlib import Path
@@ -11,7 +10,7 @@ import IPython.display
 import ipywidgets
 import numpy as np
 import pytest
-from conftest import rows
+from conftest import at, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -56,15 +55,11 @@ def ran(tmp_path_factory):
     @functools.cache
     def ran(name):
         stop_at, classes, changes = RUNS[name]
-        controls, seen, data = ast.Controls(), itertools.count(1), ast.shapes(N, 40)
+        controls, data = ast.Controls(), ast.shapes(N, 40)
         if classes:
             data.classes, data.train_labels = classes, np.arange(N) % len(classes)
             data.val_labels %= len(classes)
-
-        def stop(event, told):
-            if event == "chunk" and next(seen) == stop_at:
-                controls.ask_stop("stop button")
-
+        stop = at("chunk", stop_at, lambda: controls.ask_stop("stop button"))
         out = tmp_path_factory.mktemp("ran") / "out"
         return ast.run(settings_of(out, **changes), (), [stop], controls, lambda line: None, data), data
 
@@ -101,14 +96,6 @@ def rates(*given):
     return ast.respond(*given).line("epochs", "rate")[1][1:]
 
 
-@settings(max_examples=15, deadline=None)
-@given(target=st.floats(0.02, 1.0), kp=st.floats(0, 2), ki=st.floats(0, 1))
-def test_with_the_solve_the_rate_meets_its_target_at_once(target, kp, ki):
-    found = rates(target, kp, ki, 0.0, True)
-    assert found[:40] == pytest.approx([0.6] * 40, abs=1.01 / 640)
-    assert found[40:] == pytest.approx([target] * 60, abs=1.01 / 640)
-
-
 def test_pi_alone_creeps_there_and_answers_losses():
     found = rates(0.2, 0.5, 0.2, 0.0, False)
     assert abs(found[40] - 0.2) > 0.1
@@ -119,8 +106,9 @@ def test_pi_alone_creeps_there_and_answers_losses():
 
 @settings(max_examples=15, deadline=None)
 @given(st.floats(0.02, 1), st.floats(0, 2), st.floats(0, 1), st.floats(0, 0.5), st.booleans())
-def test_whatever_the_sliders_the_response_is_a_rate(target, kp, ki, lost, feedforward):
-    history = ast.respond(target, kp, ki, lost, feedforward)
+def test_the_response_is_a_rate_and_with_the_solve_it_meets_its_target_at_once(target, kp, ki, lost, solve):
+    assert rates(target, kp, ki, 0.0, True) == pytest.approx([0.6] * 40 + [target] * 60, abs=1.01 / 640)
+    history = ast.respond(target, kp, ki, lost, solve)
     found, thresholds = (history.line("epochs", name)[1] for name in ("rate", "threshold"))
     assert len(found) == 101 and ((found >= 0) & (found <= 1)).all()
     assert len(thresholds) == 100 and np.isfinite(thresholds).all()
