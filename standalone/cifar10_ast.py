@@ -2696,7 +2696,7 @@ def put_back(values: list[Tensor], copy: Tensor) -> None:
 
 def check_losses(losses: Tensor, labels: Tensor) -> None:
     """Raises BadInput unless there is one loss for each of the labels [B]."""
-    if losses.shape != labels.shape:
+    if losses.shape != labels.shape[:1]:
         raise BadInput(f"losses of shape {list(losses.shape)}: expected one a sample; use reduction='none'")
 
 

@@ -444,8 +444,6 @@ def test_listeners_are_told_in_order_what_the_run_does(loaders, model):
     epochs = [data for event, data in told if event == "epoch"]
     for data, row in zip(epochs, results["epochs"], strict=True):
         assert data.items() >= (row | {"epochs": 4}).items()
-    assert epochs[-1]["unit_saved"] == pytest.approx(results["energy_savings"])
-    assert epochs[-1]["eta_seconds"] == 0 < epochs[0]["eta_seconds"]
 
 
 def test_results_follow_from_the_epochs(loaders, model):
