@@ -351,8 +351,7 @@ SEEN = "torch.utils.data.TensorDataset(torch.zeros(16, 3), torch.arange(16) % 2)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "method,what",
-    [("spawn", "Own()"), ("forkserver", "torch.utils.data.Subset(Own(), range(16))"), ("spawn", SEEN)]
-    + [("fork", "Own()")],
+    [("spawn", "Own()"), ("forkserver", "Subset(Own(), range(16))"), ("spawn", SEEN), ("fork", "Own()")],
 )
 def test_workers_serve_in_a_notebook_or_are_left_out_where_they_cannot_see(method, what):
     folder = str(Path(ast.__file__).parent)
