@@ -1128,6 +1128,9 @@ class AdaptiveSparseTrainer:
         self.in_parts = Parts(self.device, lambda text: self.emit("notice", text=text))
         self.rates, self.seed, self.clip_norm, self.save = rates, seed, clip_norm, save
         self.rows, self.changes, self.resumed = [], [], False
+        if optimizer is None and config.lr is None:
+            text = "no optimizer given: AdamW at a peak of 0.001; pass the one that suits your model"
+            self.emit("notice", text=text)
 
     def train(self, epochs: int | None = None, warmup_epochs: int | None = None) -> dict:
         """Trains to the end, or until `controls` stops it, and returns the results; again trains anew, on the

@@ -8,7 +8,6 @@ import threading
 from types import SimpleNamespace
 
 import IPython.display
-import ipywidgets
 import nbformat
 import pytest
 from conftest import ROOT, changes, files, rows
@@ -244,7 +243,9 @@ def test_the_empty_panel_is_filled_shown_again_and_ends_as_a_plain_picture(noteb
     names, out = {}, tmp_path / "out"
     exec(cell("The dashboard, still empty"), names)
     panel = names["panel"]
-    assert [part.value for part in panel.children] == ["importing PyTorch, then reading the data: some seconds"]
+    assert [part.value for part in panel.children] == [
+        "importing PyTorch, then reading the data: some seconds"
+    ]
     summary = live(out, panel)
     assert summary["complete"]
     (first, empty, before), (again, filled, after) = notebook.shown
