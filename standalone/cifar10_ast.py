@@ -3773,21 +3773,29 @@ def show_png(png: bytes) -> None:
     display(Shown(png))
 
 
-def show_images(rows: dict[str, tuple[np.ndarray, list[str]]]) -> None:
-    """Rows of images, uint8 [k, side, side, 3], each row with a title, and a caption an image."""
+def show_images(rows: dict[str, tuple[np.ndarray, list[str], np.ndarray]]) -> None:
+    """Rows of images, uint8 [k, side, side, 3], each row with a title, a caption an image, and which labels
+    are wrong, bool [k]: those images are framed."""
     with drawing():
         figure = Figure(figsize=(9.8, 1.75 * len(rows)))
         grid = figure.subplots(len(rows), gridspec_kw={"left": 0.01, "right": 0.99, "hspace": 0.6})
-        for axes, (title, (images, captions)) in zip(grid, rows.items(), strict=True):
+        for axes, (title, (images, captions, wrong)) in zip(grid, rows.items(), strict=True):
             side = images.shape[2]
             axes.imshow(np.hstack(images))
             axes.vlines(side * np.arange(1, len(images)), 0, side - 1, color="white", linewidth=4)
             axes.set_xticks(side * np.arange(len(images)) + side / 2, captions)
-            axes.set(title=title, yticks=[])
+            for left in side * np.flatnonzero(wrong):
+                axes.axvspan(left + 1, left + side - 2, fill=False, edgecolor="red", linewidth=5)
+            axes.set(title=f"{title}; framed: wrong label" if any(wrong) else title, yticks=[])
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)
             axes.grid(False)
         show_png(png_of(figure))
+
+
+def wrong_labels(data: ImageData, which: np.ndarray) -> np.ndarray:
+    """Which of some training images (int64 [k]) are known to have a wrong label, bool [k]."""
+    return np.zeros(len(which), bool) if data.difficulty is None else data.difficulty[which] == 2
 
 
 def show_significance(settings: ASTConfig, data: ImageData, samples: int = 3000, epochs: int = 5) -> None:
@@ -3808,7 +3816,8 @@ def show_significance(settings: ASTConfig, data: ImageData, samples: int = 3000,
     order, rows = np.argsort(scores), {}
     for word, which in (("Most", order[:-11:-1]), ("Least", order[:10])):
         title = f"{word} significant of {len(some)} images after {epochs} passes: label, remembered loss"
-        rows[title] = images[which], [f"{data.classes[labels[i]][:12]}\n{scores[i]:.2f}" for i in which]
+        captions = [f"{data.classes[labels[i]][:12]}\n{scores[i]:.2f}" for i in which]
+        rows[title] = images[which], captions, wrong_labels(data, some[which])
     show_images(rows)
 
 
@@ -3882,7 +3891,7 @@ def show_chosen(summary: dict, data: ImageData) -> None:
         same = np.flatnonzero(times == count)
         some = np.sort(np.random.default_rng(0).permutation(same)[:10])
         title = f"Images chosen {word}: {count} times ({len(same)} images, {len(some)} shown)"
-        rows[title] = data.train_images[some], [names[c][:12] for c in labels[some]]
+        rows[title] = data.train_images[some], [names[c][:12] for c in labels[some]], wrong_labels(data, some)
     show_images(rows)
 
 
