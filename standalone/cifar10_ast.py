@@ -1651,7 +1651,11 @@ def write_by(path: Path, writer: Callable[[BinaryIO], None]) -> None:
             writer(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(draft, path)
+        try:
+            os.replace(draft, path)
+        except (FileExistsError, PermissionError):  # a mounted drive may not rename over what is there
+            path.unlink()
+            os.rename(draft, path)
     except OSError as error:
         with contextlib.suppress(OSError):
             draft.unlink()
