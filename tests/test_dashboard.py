@@ -8,7 +8,6 @@ import threading
 from types import SimpleNamespace
 
 import IPython.display
-import ipywidgets
 import nbformat
 import pytest
 from conftest import ROOT, changes, files, rows
@@ -126,7 +125,7 @@ def test_only_the_first_policy_of_a_seed_can_be_steered_if_it_chooses_at_all(clo
 def test_the_numbers_tell_where_it_is_and_what_is_a_model(clock):
     panel, histories, controls = dashboard()
     assert panel.words.value == "loading the data"
-    histories("plan", {"work": {"ast": 4.0 * N}, "seeds": [0], "done": []})
+    histories("plan", {"work": {"ast": (4, 4.0)}, "seeds": [0], "done": []})
     begin(histories=histories)
     assert look(panel, clock) == "<b>ast</b>, seed 0: epoch 1 of 4"
     go_on(histories, 30, rate=0.5)  # of 80
@@ -178,7 +177,7 @@ def test_numbers_come_each_second_and_pictures_within_their_share_of_the_time(
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     panel, histories, _ = dashboard()
     begin(histories=histories, epochs=100)
-    histories.progress = lambda: (next(looks) / 1000, None)
+    histories.progress.outlook = lambda: (next(looks) / 1000, None)
     for _ in range(6000):
         clock.now += 0.1
         panel.refresh()
@@ -233,13 +232,15 @@ def test_the_empty_panel_is_filled_shown_again_and_ends_as_a_plain_picture_that_
     names, out = {}, tmp_path / "out"
     exec(cell("The dashboard, still empty"), names)
     panel = names["panel"]
-    assert isinstance(panel, ipywidgets.VBox) and not panel.children
+    assert [part.value for part in panel.children] == [
+        "importing PyTorch, then reading the data: some seconds"
+    ]
     summary = live(out, panel)
     assert summary["complete"]
     (first, empty, before), (again, filled, after) = notebook.shown
     assert (first, empty) == (again, filled), "the same widget, under the same id"
     assert empty[WIDGET]["model_id"] == panel.model_id
-    assert before == 0 < after
+    assert before == 1 < after
     ((where, thing),) = notebook.updated
     assert where == first and isinstance(thing, IPython.display.Image)
     assert_a_picture(thing.data)
@@ -277,7 +278,7 @@ def test_a_fault_in_drawing_loses_no_run(notebook, tmp_path, monkeypatch, capsys
         return fail() if ended or (next(drawn) and fault != "the last picture") else draw(histories)
 
     if fault == "the numbers":
-        monkeypatch.setattr(ast.Histories, "progress", fail)
+        monkeypatch.setattr(ast.Dashboard, "_numbers", fail)
     else:
         monkeypatch.setattr(ast, "live_picture", once)
     summary = live(tmp_path / "out", epochs=40)
@@ -324,7 +325,7 @@ def test_without_widgets_the_same_run_prints_a_table_and_writes_pictures(
         assert names["panel"] is None
     assert live(tmp_path / "out", compare="full", epochs=3)["complete"]
     said = capsys.readouterr().out.splitlines()
-    assert sum(line.startswith(("ast ", "full ")) and "/3" in line for line in said) == 6
+    assert sum(line.startswith(("ast ", "full ")) and "/6" in line for line in said) == 6
     for name in ("curves.png", "dashboard.png"):
         assert_a_picture((tmp_path / "out" / name).read_bytes(), 300_000)
 

@@ -72,14 +72,15 @@ def test_significance_can_be_looked_at_under_any_settings(tmp_path, monkeypatch,
     monkeypatch.setattr(ast, "show_images", shown.append)
     ast.show_significance(trains, data, epochs=2)
     most, least = shown[0].values()
-    scores = [[float(caption.split("\n")[1]) for caption in captions] for _, captions in (most, least)]
+    scores = [[float(caption.split("\n")[1]) for caption in captions] for _, captions, _ in (most, least)]
     assert [len(row) for row in scores] == [10, 10]
     assert scores[0] == sorted(scores[0], reverse=True) and scores[1] == sorted(scores[1])
     assert scores[0][-1] > scores[1][-1] >= 0
-    for images, captions in (most, least):
-        for image, caption in zip(images, captions, strict=True):
+    for row in (most, least):
+        for image, caption, wrong in zip(*row, strict=True):
             (where,) = np.flatnonzero((data.train_images == image).all((1, 2, 3)))
             assert caption.split("\n")[0] == data.classes[data.train_labels[where]]
+            assert wrong == (data.difficulty[where] == 2)
 
 
 def test_a_lesson_before_the_run_changes_nothing_in_it(tmp_path, shown):
@@ -128,6 +129,16 @@ def test_the_playground_draws_anew_when_a_slider_moves(monkeypatch, shown):
         assert len(shown) >= number + 1 and not np.array_equal(shown[-1], shown[-2]), slider.description
 
 
+def test_only_an_image_whose_label_is_wrong_is_framed(shown):
+    grey, captions = np.full((2, 32, 32, 3), 128, np.uint8), ["one", "other"]
+    for wrong in ([False, False], [False, True]):
+        row = grey, captions, np.array(wrong)
+        ast.show_images({"upper": row, "lower": row})
+    red = [(image[:, :, 0] > 200) & (image[:, :, 1:] < 60).all(2) for image in shown]
+    assert not red[0].any() and red[1].any()
+    assert not red[1][:, : red[1].shape[1] // 2].any(), "the left one is right"
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_after_any_run_results_and_choice_are_a_picture_or_a_sentence(ran, shown, capsys, name):
     summary, data = ran(name)
@@ -153,12 +164,13 @@ def test_the_most_and_least_chosen_are_those_that_the_run_counted(ran, monkeypat
     gated = [row for row in rows(summary["out"]) if row["policy"] == "ast" and row["target_activation"] < 1]
     assert times.sum() == sum(row["activated"] for row in gated) and times.max() <= len(gated)
     extremes = (("most", times.max()), ("least", times.min()))
-    for (word, count), (title, (images, captions)) in zip(extremes, shown[0].items(), strict=True):
+    for (word, count), (title, (images, captions, wrong)) in zip(extremes, shown[0].items(), strict=True):
         same = np.flatnonzero(times == count)
         assert title == f"Images chosen {word}: {count} times ({len(same)} images, {len(images)} shown)"
         places = [np.flatnonzero((data.train_images[same] == image).all((1, 2, 3))) for image in images]
         assert len({int(place[0]) for place in places}) == len(images) == min(10, len(same))
         assert captions == [data.classes[data.train_labels[same[place[0]]]][:12] for place in places]
+        assert wrong.tolist() == [data.difficulty[same[place[0]]] == 2 for place in places]
     said = capsys.readouterr().out
     means = {c: times[data.train_labels == i].mean() for i, c in enumerate(data.classes)}
     for word, best in (("most", max(means.values())), ("least", min(means.values()))):

@@ -12,7 +12,9 @@ import shutil
 import signal
 import time
 from collections import Counter
+from dataclasses import replace
 from functools import cache, partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -367,7 +369,7 @@ def refused(out, words):
     assert files(out.parent) == before
 
 
-OTHER = {"lr": 0.3, "epochs": 9, "seeds": "0,1", "gate": "live", "compare": "none", "data": "else"}
+OTHER = {"lr": 0.3, "epochs": 9, "seeds": "0,1", "gate": "live", "compare": "none"}
 
 
 @pytest.mark.parametrize("name,value", OTHER.items())
@@ -377,8 +379,25 @@ def test_resuming_with_another_setting_is_refused_and_touches_nothing(data, out,
 
 
 def test_resuming_on_other_data_is_refused_and_touches_nothing(out):
-    with refused(out, "these settings and shapes, 90 images"):
+    with refused(out, "these settings and the 90 images"):
         resume(out, ast.shapes(90, 40))
+
+
+def test_data_that_moved_are_known_by_what_they_hold(data, whole, out):
+    moved = replace(data, name="elsewhere", source="another mount")
+    resume(out, moved, data="elsewhere", data_dir="there")
+    assert_same(out, whole())
+
+
+def test_an_output_that_can_only_be_read_is_copied_and_gone_on_with(data, whole, out, tmp_path, monkeypatch):
+    monkeypatch.setattr(ast.os, "access", lambda path, mode: Path(path) != out)
+    monkeypatch.setattr(ast, "PLACES", {"local": (str(tmp_path / "home"), ".")})
+    before, said = files(out), []
+    resume(out, data, said=said)
+    home = tmp_path / "home" / "cifar10_ast"
+    assert f"{out} can only be read: it was copied to {home}, where it goes on" in said
+    assert files(out) == before
+    assert_same(home, whole())
 
 
 @pytest.mark.parametrize("content", ['{"settings": {"lr"', "[]", '{"settings": {}}', "\0\xff", "fast"])
