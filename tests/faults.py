@@ -153,8 +153,8 @@ progress: the epoch in hand counts twice > trainer progress_never_goes_back
 - later = trainer.schedule.steps(trainer.epoch + 1, trainer.target, tally.n, size)
 + later = trainer.schedule.steps(trainer.epoch, trainer.target, tally.n, size)
 progress: waits for samples that cannot be read > sources unreadable_samples_are_lost
-- self.tally.waiting -= len(batch) + len(batch.missing)
-+ self.tally.waiting -= len(batch)
+- trainer.tally.waiting -= len(batch) + len(batch.missing)
++ trainer.tally.waiting -= len(batch)
 # --- resume and checkpoints ---
 resume: progress begins again > resume a_trainer_goes_on
 - KEPT = ("readable", "times_activated", "rows", "changes", "progress", "flops", "uncounted")
