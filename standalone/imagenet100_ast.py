@@ -1664,13 +1664,15 @@ def load_checkpoint(folder: Path, say: Callable[[str], None]) -> dict | None:
 
 
 # %% The model
-def build_model(settings: Settings, data: ImageData, say: Callable = lambda line: None) -> nn.Module:
+def build_model(settings: Settings, data: ImageData | int, say: Callable = lambda line: None) -> nn.Module:
     """The model and weights that the settings name, from views [B, 3, S, S] to logits [B, classes].
 
-    say: told what of it begins anew. With `probe_first` the last layer is the linear probe's. Raises
-    BadInput for weights that are not there or belong to another model, and sizes that the model cannot take.
+    data: or a number of classes. say: told what of it begins anew. With `probe_first` the last layer is the
+    linear probe's, and needs the data. Raises BadInput for weights that are not there or belong to another
+    model, and sizes that the model cannot take.
     """
-    model, new = bare_model(settings, len(data.classes)), []
+    classes = data if isinstance(data, int) else len(data.classes)
+    model, new = bare_model(settings.model, classes, settings.image_size), []
     if settings.weights != "none":
         new = load_weights(settings, model)
     say(f"weights: {settings.weights}" + (f"; begun anew: {', '.join(new)}" if new else ""))
@@ -2178,19 +2180,17 @@ def holds_imagenet(path: Path) -> Path | None:
 
 # %% Weights tags=["fold"]
 # @title Weights
-def bare_model(settings: Settings, classes: int) -> nn.Module:
+def bare_model(name: str, classes: int, side: int) -> nn.Module:
     """A classifier of torchvision with `classes` outputs and random weights.
 
     Raises BadInput for a name that is none, or views of a size that it cannot take.
     """
-    name, side = settings.model, settings.image_size
     try:
         if name not in torchvision.models.list_models(module=torchvision.models):
             raise ValueError("there is none of that name")
         options = {"image_size": side} if name.startswith("vit_") else {}
         if name in ("googlenet", "inception_v3"):  # they return more than logits unless told
-            options = {"aux_logits": False, "init_weights": True}
-            options["transform_input"] = settings.weights != "none"
+            options = {"aux_logits": False, "init_weights": True, "transform_input": True}
         model = torchvision.models.get_model(name, num_classes=classes, **options)
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, side, side))
@@ -2202,12 +2202,62 @@ def bare_model(settings: Settings, classes: int) -> nn.Module:
     return model.train()
 
 
+class Unread:
+    """Stands for each object in a file of weights that is no tensor, so that none of its code is run."""
+
+    __init__ = __setstate__ = lambda self, *parts: None
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file, bare or among what training programs save beside it: of the dicts in the
+    file, the one with the most tensors. Raises one of DAMAGE, and what torch raises."""
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    objects = []
+    if zipfile.is_zipfile(path):  # else it is of before torch 1.6
+        objects = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    try:
+        with torch.serialization.safe_globals([(Unread, name) for name in objects]):
+            parts, most = [torch.load(path, map_location="cpu", weights_only=True)], {}
+    except pickle.UnpicklingError as error:
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2]
+        raise ValueError(f"not only tensors: {', '.join(objects) or reason}") from error
+    for part in parts:  # a list that grows meanwhile
+        if isinstance(part, dict):
+            parts += part.values()
+            tensors = {str(name): value for name, value in part.items() if isinstance(value, Tensor)}
+            most = max(most, tensors, key=len)
+    if not most:
+        raise ValueError(f"no state dict, but {', '.join(objects) or type(parts[0]).__name__}")
+    return most
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """As `read_file`."""
+    if not importlib.util.find_spec("safetensors"):
+        raise ValueError("the package safetensors is missing: pip install safetensors")
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(one_line(error)) from error
+
+
+def named_as(own: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that `own` has names for, whatever wrapper's name stands before them in `state`, such as
+    module. or _orig_mod.: the one that fits most of them."""
+    starts = dict.fromkeys(name[: dot.end()] for name in ("", *state) for dot in re.finditer(r"^|\.", name))
+    start = max(starts, key=lambda start: sum(start + name in state for name in own))
+    return {name: state[start + name] for name in own if start + name in state}
+
+
 def read_weights(settings: Settings) -> dict[str, Tensor]:
     """The state dict that `settings.weights` names, of which no code is run: a file's, or torchvision's,
     searched for and else downloaded. Raises what torch raises."""
     if settings.weights != "imagenet":
-        state = torch.load(Path(settings.weights).expanduser(), map_location="cpu", weights_only=True)
-        return state.get("state_dict", state.get("model", state))  # how training programs wrap it
+        return read_file(Path(settings.weights).expanduser())
     weights, found = torchvision.models.get_model_weights(settings.model).DEFAULT, None
     name = weights.url.rpartition("/")[2]
     for root in (Path(settings.data_dir).expanduser(), KAGGLE_INPUT):
@@ -2224,14 +2274,17 @@ def load_weights(settings: Settings, model: nn.Module) -> list[str]:
     # DenseNets are published with names that torchvision no longer uses: norm.1 for norm1.
     old, own = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)"), model.state_dict()
     try:
-        state = read_weights(settings)
-        state = {old.sub(r"\1\2", name.removeprefix("module.")): value for name, value in state.items()}
-        if isinstance(model, torchvision.models.VisionTransformer):  # positions belong to one size of image
+        held = {old.sub(r"\1\2", name): value for name, value in read_weights(settings).items()}
+        state = named_as(own, held)
+        if "encoder.pos_embedding" in state:  # positions belong to one size of image
             state = interpolate_embeddings(settings.image_size, model.patch_size, state)
-        fitting = {name: v for name, v in state.items() if name in own and v.shape == own[name].shape}
+        fitting = {name: value for name, value in state.items() if value.shape == own[name].shape}
         missing = [name for name in own if name not in fitting and not name.endswith("num_batches_tracked")]
         if sum(v.numel() for v in fitting.values()) < 0.5 * sum(v.numel() for v in model.parameters()):
-            raise ValueError(f"{len(missing)} tensors are not there or of another shape, first {missing[0]}")
+            raise ValueError(
+                f"it holds {len(held)} tensors, such as {next(iter(held))}; of the model's {len(missing)} "
+                f"are missing or of another shape, first {missing[0]}"
+            )
     except (*DAMAGE, pickle.UnpicklingError, AttributeError) as error:
         url = torchvision.models.get_model_weights(settings.model).DEFAULT.url
         raise BadInput(
