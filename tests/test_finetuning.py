@@ -434,7 +434,8 @@ def test_stopped_in_mid_epoch_and_resumed_by_other_threads_it_ends_the_same(imag
     assert not run(imagenet, folder, tmp_path / "cut", controls, [stop], workers=2, **values)["complete"]
     resumed = run(imagenet, folder, tmp_path / "cut", resume=True, workers=3, **values)
     assert resumed["complete"]
-    ours, theirs = (torch.load(tmp_path / out / "model.pt", weights_only=True) for out in ("cut", "whole"))
+    models = (torch.load(tmp_path / out / "model.pt", weights_only=True) for out in ("cut", "whole"))
+    ours, theirs = (model["state_dict"] for model in models)
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     assert resumed["policies"]["ast"]["accuracy_per_seed"] == whole["policies"]["ast"]["accuracy_per_seed"]
 
