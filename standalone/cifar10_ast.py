@@ -3250,7 +3250,13 @@ def predict(*paths: str, chosen: ASTConfig | None = None, controls: Controls | N
         reason = lost[0] if lost else f"{paths[0]}: no file in it"
         raise BadInput(f"{reason}; expected a picture, or a folder of pictures; name another")
     if files == places[:1] == places:
-        return show_likeliest(view, chances, saved["classes"])
+        if kernel() is not None:
+            from IPython.display import display
+
+            display(Image.fromarray(view).resize((224, 224)))
+        for label in chances.argsort(descending=True)[:5].tolist():
+            print(f"{100 * chances[label]:5.1f} %  {saved['classes'][label]}")
+        return
     out = Path(chosen.out if os.access(chosen.out, os.W_OK) else "") / "predictions.csv"
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([("file", "class", "probability"), *rows])
@@ -3258,16 +3264,6 @@ def predict(*paths: str, chosen: ASTConfig | None = None, controls: Controls | N
     print(f"{len(rows)} of {len(files)} files: {out}")
     for line in lost:
         print(f"left out: {line}", file=sys.stderr)
-
-
-def show_likeliest(view: np.ndarray, chances: Tensor, classes: list[str]) -> None:
-    """Prints the five classes of highest probability; a notebook shows the picture, uint8 [side, side, 3]."""
-    if kernel() is not None:
-        from IPython.display import display
-
-        display(Image.fromarray(view).resize((224, 224)))
-    for label in chances.argsort(descending=True)[:5].tolist():
-        print(f"{100 * chances[label]:5.1f} %  {classes[label]}")
 
 
 @torch.no_grad()
