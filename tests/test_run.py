@@ -423,6 +423,7 @@ def test_importing_the_program_prints_and_writes_nothing_and_help_lists_every_se
     for item in fields(ast.Settings):
         assert re.search(rf" {ast.flag(item.name)}[ ,].*{re.escape(item.metadata['help'])}", shown), item.name
     assert {"(default: 0.4)", "(default: auto)"} <= set(re.findall(r"\(default: \S+\)", shown))
+    assert "--predict PATH" in shown, "no setting, but a flag"
 
 
 @pytest.mark.parametrize(
