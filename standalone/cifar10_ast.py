@@ -77,6 +77,7 @@ import argparse
 import asyncio
 import contextlib
 import copy
+import csv
 import ctypes
 import functools
 import glob
@@ -1757,10 +1758,15 @@ def resnet(classes: int) -> nn.Module:
     return nn.Sequential(*blocks, *head)
 
 
-def build_model(settings: Settings, data: ImageData) -> nn.Module:
-    """The model that `settings.model` names, for images [B, 3, 32, 32] to logits [B, classes]."""
-    model = {"simple_cnn": simple_cnn, "resnet": resnet}[settings.model](len(data.classes))
+def bare_model(name: str, classes: int, side: int) -> nn.Module:
+    """The model of a name, for images [B, 3, side, side], of 32 pixels, to logits [B, classes]."""
+    model = {"simple_cnn": simple_cnn, "resnet": resnet}[name](classes)
     return model.to(memory_format=torch.channels_last)
+
+
+def build_model(settings: Settings, data: ImageData) -> nn.Module:
+    """The model that the settings name, with random weights and an output for each class of the data."""
+    return bare_model(settings.model, len(data.classes), IMAGE_SIZE)
 
 
 # %% Views and the recipe [markdown]
@@ -2058,6 +2064,18 @@ def load_data(settings: Settings, say: Callable[[str], None]) -> ImageData:
         raise BadInput(f"{place}: {one_line(error)}; check it, and rights and space in {folder}") from error
     data.name = "cifar10" if standard else data.name
     return data
+
+
+# %% One picture tags=["fold"]
+# @title One picture
+def view_side(settings: Settings) -> int:
+    """Pixels, the side of what the model sees."""
+    return IMAGE_SIZE
+
+
+def read_view(raw: bytes, side: int) -> np.ndarray:
+    """What the model sees of a picture, from a file's bytes: uint8 [side, side, 3]. Raises one of DAMAGE."""
+    return decode(io.BytesIO(raw))
 
 
 # %% Pick a balanced subset tags=["shared", "fold"]
@@ -2816,6 +2834,9 @@ def print_table(bar: bool = True, say: Callable[[str], None] = tqdm.write) -> Ca
 
 # %% Flags tags=["shared", "fold"]
 # @title Flags
+EPILOG = "--predict PATH ... trains nothing: it classifies pictures by the model of the run in --out"
+
+
 class Flags(argparse.ArgumentParser):
     """A command line whose complaints are one sentence."""
 
@@ -2847,7 +2868,7 @@ def parse(settings: ASTConfig, arguments: list[str], environment: dict[str, str]
     Raises BadInput for unknown flags and variables, and for values that cannot be.
     """
     items, values = {item.name: item for item in fields(settings)}, {}
-    parser = Flags(prog=f"{PROGRAM}.py", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = Flags(f"{PROGRAM}.py", epilog=EPILOG, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for name, item in items.items():
         shown = getattr(settings, name)
         text = f"{item.metadata['help']} (default: {'auto' if shown is None else shown})".replace("%", "%%")
@@ -3041,8 +3062,8 @@ class Run:
             restore(trainer, stored["trainer"])
         result = trainer.train()
         if (policy, seed) == (self.policies[0], self.seeds[0]):
-            weights = {name: value.cpu() for name, value in trainer.model.state_dict().items()}
-            write_by(self.out / "model.pt", functools.partial(torch.save, weights))
+            model = portable(self.settings, self.data.classes, trainer.model)
+            write_by(self.out / "model.pt", functools.partial(torch.save, model))
             times = {"times_activated": trainer.times_activated.numpy()}
             write_by(self.out / "samples.npz", lambda file: np.savez_compressed(file, **times))
         if result["complete"]:
@@ -3316,6 +3337,139 @@ def report(summary: dict) -> str:
     return "\n".join(["", *table_of(summary["policies"]), "", *lines])
 
 
+# %% Prediction [markdown] tags=["shared"]
+# ### Prediction
+#
+# `model.pt` is all it takes to use the model, here or in another program: the weights, the model that they
+# belong to, the classes in the order of its outputs, and how a picture becomes its input.
+
+
+# %% Prediction tags=["shared", "fold"]
+# @title Prediction
+def portable(settings: ASTConfig, classes: Sequence[str], model: nn.Module) -> dict:
+    """What `model.pt` holds. Mean and std are those of red, green and blue, from 0 to 255."""
+    return {
+        "program": PROGRAM,
+        "model": settings.model,
+        "classes": list(map(str, classes)),
+        "image_size": view_side(settings),
+        "mean": PIXEL_MEAN,
+        "std": PIXEL_STD,
+        "state_dict": {name: value.cpu() for name, value in model.state_dict().items()},
+    }
+
+
+def load_model(chosen: ASTConfig) -> tuple[nn.Module, dict]:
+    """The model of the run in `chosen.out`, ready to predict, and all that its `model.pt` holds.
+
+    Raises BadInput where there is none, or it is not this program's.
+    """
+    path = Path(chosen.out) / "model.pt"
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved.get("program") != PROGRAM:
+            raise ValueError(f"written by {saved.get('program', 'another program')}")
+        model = bare_model(saved["model"], len(saved["classes"]), saved["image_size"])
+        model.load_state_dict(saved["state_dict"])
+    except (*DAMAGE, AttributeError, pickle.UnpicklingError) as error:
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2]  # before it torch advises to trust it
+        raise BadInput(
+            f"{path}: {reason[:200]}; expected program, model, classes, image_size and state_dict, as a "
+            f"run of {PROGRAM}.py leaves them; name the folder of such a run with --out"
+        ) from error
+    return model.to(chosen.device).eval(), saved
+
+
+@torch.no_grad()
+def predict(*paths: str, chosen: ASTConfig | None = None, controls: Controls | None = None) -> None:
+    """Prints the five likeliest classes of a picture, and in a notebook shows it as the model sees it. For a
+    folder, or several paths, writes predictions.csv: file, likeliest class, its probability.
+
+    chosen: settings whose `out` holds the model; the program's if None. Raises BadInput.
+    """
+    if not any(paths):
+        return print("no picture: write its path between the quotes")
+    chosen = fill_defaults(chosen or settings)
+    model, saved = load_model(chosen)
+    places, rows, lost = [Path(path) for path in paths], [], []
+    inside = [sorted(place.rglob("[!.]*")) if place.is_dir() else [place] for place in places]
+    files = [file for file in itertools.chain(*inside) if not file.is_dir()]
+    for file in tqdm(files, "predicting", leave=False, disable=None):
+        if controls and controls.stop:
+            break
+        try:
+            view = read_view(file.read_bytes(), saved["image_size"])
+        except DAMAGE as error:
+            lost.append(f"{file}: {one_line(error).partition(' <')[0]}")  # less an address in memory
+            continue
+        images = torch.tensor(view, device=chosen.device)[None]
+        chances = model(plain_view(images, None))[0].softmax(0)
+        label, name = int(chances.argmax()), file.relative_to(places[0]) if len(places) == 1 else file
+        rows.append((name.as_posix(), saved["classes"][label], round(float(chances[label]), 4)))
+    if not rows:
+        reason = lost[0] if lost else f"{paths[0]}: no file in it"
+        raise BadInput(f"{reason}; expected a picture, or a folder of pictures; name another")
+    if files == places[:1] == places:
+        if kernel() is not None:
+            from IPython.display import display
+
+            display(Image.fromarray(view).resize((224, 224)))
+        for label in chances.argsort(descending=True)[:5].tolist():
+            print(f"{100 * chances[label]:5.1f} %  {saved['classes'][label]}")
+        return
+    out = Path(chosen.out if os.access(chosen.out, os.W_OK) else "") / "predictions.csv"
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([("file", "class", "probability"), *rows])
+    write_whole(out, text.getvalue().encode(errors="surrogateescape"))
+    print(f"{len(rows)} of {len(files)} files: {out}")
+    for line in lost:
+        print(f"left out: {line}", file=sys.stderr)
+
+
+@torch.no_grad()
+def show_mistakes(chosen: ASTConfig, data: ImageData) -> None:
+    """The confusion matrix of the model in `chosen.out`, and the validation images that it is surest to get
+    wrong, and right. Raises BadInput where the model is of other classes than the data."""
+    model, saved = load_model(chosen)
+    if saved["classes"] != data.classes:
+        raise BadInput(f"{chosen.out}: expected a model of the data's {len(data.classes)} classes; train one")
+    source = sources(chosen, data, torch.device(chosen.device))[1]
+    parts = [(model(views).softmax(1).cpu(), labels.cpu()) for views, labels in source.in_order()]
+    chances, labels = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
+    found, names = chances.argmax(1), [name[:12] for name in data.classes]
+    show_confusion(labels, found, data.classes)
+    readable = np.setdiff1d(np.arange(len(source)), list(source.unreadable))
+    order, rows = np.argsort(chances[np.arange(len(labels)), labels]), {}
+    for word, which in (("lowest", order[:10]), ("highest", order[:-11:-1])):
+        title = f"Validation images of the {word} probability of their label: label, likeliest class"
+        captions = [
+            f"{names[labels[i]]}\n{names[found[i]][:8]} {100 * chances[i].max():.0f} %" for i in which
+        ]
+        rows[title] = data.val_images[readable[which]], captions
+    show_images(rows)
+
+
+def show_confusion(labels: np.ndarray, found: np.ndarray, names: list[str]) -> None:
+    """Prints the commonest mistakes, and shows which class (rows) is taken for which (columns)."""
+    counts = np.bincount(labels * len(names) + found, minlength=len(names) ** 2).reshape(2 * [len(names)])
+    wrong = counts * (1 - np.eye(len(names), dtype=int))
+    for place in np.argsort(-wrong, axis=None)[: min(5, np.count_nonzero(wrong))]:
+        label, taken = divmod(place, len(names))
+        print(f"{names[label]} taken for {names[taken]}: {wrong[label, taken]} of {counts[label].sum()}")
+    with drawing():
+        figure = Figure(figsize=(6.4, 5.2))
+        axes = figure.subplots(gridspec_kw={"left": 0.2, "bottom": 0.22})
+        shares = axes.imshow(100 * counts / counts.sum(1, keepdims=True).clip(1), cmap="Oranges", vmin=0)
+        figure.colorbar(shares, label="percent of the class")
+        axes.set(title="Which class is taken for which", ylabel="label", xlabel="likeliest class")
+        axes.grid(False)
+        if len(names) <= 20:
+            short = [name[:12] for name in names]
+            axes.set_xticks(range(len(names)), short, rotation=90)
+            axes.set_yticks(range(len(names)), short)
+        show_png(png_of(figure))
+
+
 # %% From settings to results tags=["shared", "fold"]
 # @title From settings to results
 def keep_freed_memory() -> None:
@@ -3440,8 +3594,14 @@ def main() -> int:
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):  # Windows has no SIGHUP
             signal.signal(getattr(signal, name), stop)
+    parser = Flags(add_help=False, allow_abbrev=False)
+    parser.add_argument("--predict", nargs="+", default=[])
     try:
-        run(settings, sys.argv[1:], controls=controls)
+        asked, arguments = parser.parse_known_args(sys.argv[1:])
+        if asked.predict:
+            predict(*asked.predict, chosen=settings_for_run(settings, arguments), controls=controls)
+        else:
+            run(settings, arguments, controls=controls)
     except BadInput as error:
         print(error, file=sys.stderr)
         return 2
@@ -4137,3 +4297,21 @@ if __name__ == "__main__":
 
 # %% What was chosen tags=["shared", "active-ipynb"]
 # show_chosen(summary, data)
+
+# %% What it gets wrong [markdown] tags=["shared"]
+# ### What it gets wrong
+#
+# See which classes the model takes for one another, and where the label rather than the model is wrong. It is
+# the model of the run's first policy and seed, in `model.pt`.
+
+# %% What it gets wrong tags=["shared", "active-ipynb"]
+# show_mistakes(settings, data)
+
+# %% Your own picture [markdown] tags=["shared"]
+# ## Your own picture
+#
+# Write the path of a picture between the quotes, and see it with its five likeliest classes. A folder gives
+# `predictions.csv` among the results.
+
+# %% Your own picture tags=["shared", "active-ipynb"]
+# predict("")

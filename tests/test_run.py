@@ -194,7 +194,7 @@ def test_events_have_the_keys_of_the_first_edition_and_the_report_counts_changes
 
 def test_the_saved_model_is_the_first_policys_of_the_first_seed(ran):
     model = small_net(None, ast.shapes(N, VAL))
-    model.load_state_dict(torch.load(ran.out / "model.pt", weights_only=True))
+    model.load_state_dict(torch.load(ran.out / "model.pt", weights_only=True)["state_dict"])
     data = ast.shapes(N, VAL)
     with torch.no_grad():
         views = ast.normalise(torch.from_numpy(data.val_images))
@@ -494,6 +494,7 @@ def test_importing_the_program_prints_and_writes_nothing_and_help_lists_every_se
     for item in fields(ast.Settings):
         assert re.search(rf" {ast.flag(item.name)}[ ,].*{re.escape(item.metadata['help'])}", shown), item.name
     assert {"(default: 0.4)", "(default: auto)"} <= set(re.findall(r"\(default: \S+\)", shown))
+    assert "--predict PATH" in shown, "no setting, but a flag"
 
 
 @pytest.mark.parametrize(
