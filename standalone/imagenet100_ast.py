@@ -1663,7 +1663,11 @@ def write_by(path: Path, writer: Callable[[BinaryIO], None]) -> None:
             writer(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(draft, path)
+        try:
+            os.replace(draft, path)
+        except (FileExistsError, PermissionError):  # a mounted drive may not rename over what is there
+            path.unlink()
+            os.rename(draft, path)
     except OSError as error:
         with contextlib.suppress(OSError):
             draft.unlink()
@@ -3334,7 +3338,8 @@ class Run:
 
     def execute(self) -> dict:
         """Trains what is not finished yet and returns the summary."""
-        self.say(f"{describe(self.data)}, in batches of {self.settings.batch_size}")
+        words = f"{describe(self.data)}, in batches of {self.settings.batch_size}"
+        self.say(textwrap.fill(words, 80, subsequent_indent="  ", break_long_words=False))
         stored = load_checkpoint(self.out / "checkpoints", self.say) if self.settings.resume else None
         if stored:
             self.take_up(stored)
@@ -3625,7 +3630,7 @@ def saving(summary: dict) -> list[str]:
     """What was saved against full training, as measured, and what other counts would say and why."""
     m, first = summary["measured"], next(iter(summary["policies"]), "ast")
     if m["speedup_vs_full"] is None:
-        return ["no full run beside it (--compare full), so what is saved was not measured"]
+        return ["no whole full run beside it (--compare full), so what is saved was not measured"]
     mine, full = summary["policies"][first], summary["policies"]["full"]
     flops, points = m["flops_saved_percent_vs_full"], m["accuracy_minus_full"]
     time, whole = (100 * (1 - 1 / m[key]) for key in ("speedup_vs_full", "total_speedup_vs_full"))
@@ -3770,8 +3775,11 @@ def predict(*paths: str, chosen: ASTConfig | None = None, controls: Controls | N
 
 @torch.no_grad()
 def show_mistakes(chosen: ASTConfig, data: ImageData) -> None:
-    """The confusion matrix of the model in `chosen.out`, and the validation images that it is surest to get
-    wrong, and right. Raises BadInput where the model is of other classes than the data."""
+    """Each class of the validation set: what the model in `chosen.out` takes it for, how often it is right,
+    and how often the gate chose it; then the images that it is surest to get wrong, and right.
+
+    Raises BadInput where the model is of other classes than the data.
+    """
     model, saved = load_model(chosen)
     if saved["classes"] != data.classes:
         raise BadInput(f"{chosen.out}: expected a model of the data's {len(data.classes)} classes; train one")
@@ -3779,7 +3787,7 @@ def show_mistakes(chosen: ASTConfig, data: ImageData) -> None:
     parts = [(model(views).softmax(1).cpu(), labels.cpu()) for views, labels in source.in_order()]
     chances, labels = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
     found, names = chances.argmax(1), [name[:12] for name in data.classes]
-    show_confusion(labels, found, data.classes)
+    show_classes(labels, found, names, mean_times(Path(chosen.out), data))
     readable = np.setdiff1d(np.arange(len(source)), list(source.unreadable))
     order, rows = np.argsort(chances[np.arange(len(labels)), labels]), {}
     for word, which in (("lowest", order[:10]), ("highest", order[:-11:-1])):
@@ -3787,29 +3795,37 @@ def show_mistakes(chosen: ASTConfig, data: ImageData) -> None:
         captions = [
             f"{names[labels[i]]}\n{names[found[i]][:8]} {100 * chances[i].max():.0f} %" for i in which
         ]
-        rows[title] = data.val_images[readable[which]], captions
+        rows[title] = data.val_images[readable[which]], captions, np.zeros(len(which), bool)
     show_images(rows)
 
 
-def show_confusion(labels: np.ndarray, found: np.ndarray, names: list[str]) -> None:
-    """Prints the commonest mistakes, and shows which class (rows) is taken for which (columns)."""
+def show_classes(labels: np.ndarray, found: np.ndarray, names: list[str], times: np.ndarray) -> None:
+    """What each class (a row) is taken for, its accuracy, and how often an image of it was chosen."""
     counts = np.bincount(labels * len(names) + found, minlength=len(names) ** 2).reshape(2 * [len(names)])
-    wrong = counts * (1 - np.eye(len(names), dtype=int))
-    for place in np.argsort(-wrong, axis=None)[: min(5, np.count_nonzero(wrong))]:
-        label, taken = divmod(place, len(names))
-        print(f"{names[label]} taken for {names[taken]}: {wrong[label, taken]} of {counts[label].sum()}")
+    shares, rows = 100 * counts / counts.sum(1, keepdims=True).clip(1), np.arange(len(names))
     with drawing():
-        figure = Figure(figsize=(6.4, 5.2))
-        axes = figure.subplots(gridspec_kw={"left": 0.2, "bottom": 0.22})
-        shares = axes.imshow(100 * counts / counts.sum(1, keepdims=True).clip(1), cmap="Oranges", vmin=0)
-        figure.colorbar(shares, label="percent of the class")
-        axes.set(title="Which class is taken for which", ylabel="label", xlabel="likeliest class")
-        axes.grid(False)
+        figure = Figure(figsize=(9.8, 4.8), layout="constrained")
+        taken, right, chosen = figure.subplots(1, 3, sharey=True, width_ratios=(2, 1, 1))
+        taken.imshow(shares, cmap="Oranges", vmin=0, aspect="auto")
+        taken.set(title="What each class is taken for (darker: more often)", ylabel="label")
+        taken.grid(False)
+        right.barh(rows, shares.diagonal(), color="#666666")
+        right.set(title="Accuracy (%)", xlim=(0, 100))
+        chosen.barh(rows, times, color=COLOURS["ast"])
+        chosen.set(title="Times an image was chosen")
         if len(names) <= 20:
-            short = [name[:12] for name in names]
-            axes.set_xticks(range(len(names)), short, rotation=90)
-            axes.set_yticks(range(len(names)), short)
+            taken.set_xticks(rows, names, rotation=90)
+            taken.set_yticks(rows, names)
         show_png(png_of(figure))
+
+
+def mean_times(out: Path, data: ImageData) -> np.ndarray:
+    """How often a gate chose an image of each class, float64 [classes], in the run whose folder is `out`."""
+    times, labels = np.load(out / "samples.npz")["times_activated"], data.train_labels
+    if len(times) != len(labels):
+        found = f"{len(labels)} samples"
+        raise BadInput(f"{found}: expected the run's {len(times)}; call prepare(settings) again")
+    return np.bincount(labels, times) / np.bincount(labels).clip(1)
 
 
 # %% From settings to results tags=["shared", "fold"]
@@ -4563,13 +4579,9 @@ def show_chosen(summary: dict, data: ImageData) -> None:
     """
     path, labels, names = Path(summary["out"]) / "samples.npz", data.train_labels, data.classes
     times = np.load(path)["times_activated"] if path.exists() else np.zeros(len(labels), np.int16)
-    if len(times) != len(labels):
-        raise BadInput(
-            f"{len(labels)} samples: expected the run's {len(times)}; call prepare(settings) again"
-        )
     if not times.any():
         return print("no epoch with a gate was begun, so nothing was chosen")
-    means = np.bincount(labels, times) / np.bincount(labels).clip(1)
+    means = mean_times(path.parent, data)
     order, rows = np.argsort(means)[::-1], {}
     for word, classes, count in (("most", order[:5], times.max()), ("least", order[-5:], times.min())):
         print(f"classes chosen {word}:", ", ".join(f"{names[c]} {means[c]:.1f} times" for c in classes))
@@ -4645,8 +4657,8 @@ if __name__ == "__main__":
 # %% What it gets wrong [markdown] tags=["shared"]
 # ### What it gets wrong
 #
-# See which classes the model takes for one another, and where the label rather than the model is wrong. It is
-# the model of the run's first policy and seed, in `model.pt`.
+# See which classes the model takes for one another, that the gate came back most to those it gets wrong, and
+# where the label rather than the model is wrong. It is the model of the run's first policy and seed.
 
 # %% What it gets wrong tags=["shared", "active-ipynb"]
 # show_mistakes(settings, data)

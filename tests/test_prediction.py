@@ -231,10 +231,11 @@ def test_the_images_shown_are_those_of_their_captions_where_some_cannot_be_read(
     model = imagenet.build_model(settings, data).eval()
     saved = imagenet.portable(settings, data.classes, model)
     imagenet.write_by(tmp_path / "out" / "model.pt", lambda file: torch.save(saved, file))
-    monkeypatch.setattr(imagenet, "show_confusion", lambda *rest: None)
+    monkeypatch.setattr(imagenet, "show_classes", lambda *rest: None)
+    monkeypatch.setattr(imagenet, "mean_times", lambda *rest: None)
     monkeypatch.setattr(imagenet, "show_images", shown.update)
     imagenet.show_mistakes(settings, data)
-    for pictures, captions in shown.values():
+    for pictures, captions, _ in shown.values():
         colours = pictures.mean((1, 2)).argmax(1)
         assert [data.classes[colour] for colour in colours] == [text.split("\n")[0] for text in captions]
     source = imagenet.sources(settings, data, torch.device("cpu"))[1]
@@ -247,7 +248,7 @@ def test_the_images_shown_are_those_of_their_captions_where_some_cannot_be_read(
     assert (lowest[0] == data.val_images[hardest]).all()
 
 
-def test_what_the_model_gets_wrong_is_counted_and_shown(program, trained, tmp_path, monkeypatch, capsys):
+def test_what_the_model_gets_wrong_is_counted_and_shown(program, trained, tmp_path, monkeypatch):
     shown, data = [], program.shapes(40, 60)
     settings = settings_of(program, tmp_path / "shapes", batch_size=16)
     with pytest.raises(program.BadInput, match="expected a model of the data's 10 classes"):
@@ -257,19 +258,16 @@ def test_what_the_model_gets_wrong_is_counted_and_shown(program, trained, tmp_pa
     saved = program.portable(settings, data.classes, model)
     program.write_by(tmp_path / "shapes" / "model.pt", lambda file: torch.save(saved, file))
     monkeypatch.setattr(IPython.display, "display", shown.append)
+    times, told, draw = np.arange(40) % 7, [], program.show_classes
+    np.savez(tmp_path / "shapes" / "samples.npz", times_activated=times)
+    monkeypatch.setattr(program, "show_classes", lambda *what: told.append(what) or draw(*what))
     program.show_mistakes(settings, data)
     assert len(shown) == 2
     source = program.sources(settings, data, torch.device("cpu"))[1]
     with torch.no_grad():
-        found, labels = zip(
-            *((model(views).argmax(1), labels) for views, labels in source.in_order()), strict=True
-        )
-    found, labels = torch.cat(found).tolist(), torch.cat(labels).tolist()
-    lines = capsys.readouterr().out.splitlines()
-    assert 0 < len(lines) <= 5
-    for line in lines:
-        pair, _, counts = line.partition(": ")
-        label, taken = (data.classes.index(name) for name in pair.split(" taken for "))
-        assert label != taken
-        wrong = sum(pair == (label, taken) for pair in zip(labels, found, strict=True))
-        assert counts == f"{wrong} of {labels.count(label)}"
+        parts = [(labels, model(views).argmax(1)) for views, labels in source.in_order()]
+    labels, found = (torch.cat(part) for part in zip(*parts, strict=True))
+    [(told_labels, told_found, names, told_times)] = told
+    assert torch.equal(torch.tensor(told_labels), labels) and torch.equal(torch.tensor(told_found), found)
+    assert names == data.classes
+    assert list(told_times) == [times[data.train_labels == label].mean() for label in range(10)]

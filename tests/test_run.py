@@ -375,7 +375,7 @@ def test_the_tables_fit_80_columns_and_line_up(ran):
     "measured,told",
     [
         ({"speedup_vs_full": None},
-         "no full run beside it (--compare full), so what is saved was not measured"),
+         "no whole full run beside it (--compare full), so what is saved was not measured"),
         ({"accuracy_minus_random": 0.004}, "ast is ahead of random selection of as many samples: +0.00 "),
         ({"accuracy_minus_random": -2.0}, "ast is not ahead of random selection of as many samples: -2.00 "),
         ({"accuracy_minus_short": 0.0}, "ast is not ahead of plain training of as few epochs: +0.00 points"),
