@@ -117,7 +117,7 @@ import time
 import warnings
 import zipfile
 import zlib
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -1876,6 +1876,149 @@ class ImageData:
     heads: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of linear probes
 
 
+# %% Layouts [markdown] tags=["shared"]
+# ### Layouts
+#
+# Folders of images come in many forms: `train/<class>/` with `val/`, `valid/` or `test/`; one folder a class
+# and no validation images; Kaggle's `ambityga/imagenet100` in parts, `train.X1` to `train.X4`, of 25 classes
+# each. All of it may lie some folders deeper than you think, or in a `.zip`. One listing reads it where it
+# lies, and tells what it leaves out.
+
+# %% Layouts tags=["shared", "fold"]
+# @title Layouts
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+SUFFIXES = {suffix: form for suffix, form in Image.registered_extensions().items() if form in FORMATS}
+LARGEST_FILE = 64 << 20  # bytes
+SPLIT = r"(train|training|val|valid|validation|test|testing)(?:\.X[^/]*)?/"
+LAYOUT = re.compile(rf"((?:[^/]+/)*?)(?:{SPLIT})+([^/]+)/.*", re.IGNORECASE)  # folder, split, class
+
+
+def names_in(root: Path) -> list[str]:
+    """The files below `root`, a folder or a .zip, sorted; links are followed. Raises one of DAMAGE."""
+    names, faults, above = [], [], {str(root): ()}
+    if not root.is_dir():
+        with zipfile.ZipFile(root) as archive:
+            return sorted(archive.namelist())
+    for place, folders, files in os.walk(root, onerror=faults.append, followlinks=True):
+        way = *above.pop(place), os.path.realpath(place)
+        if way[-1] in way[:-1]:  # a link led back
+            folders.clear()
+            continue
+        above |= {os.path.join(place, folder): way for folder in folders}
+        parts = Path(place).relative_to(root).parts
+        names += ["/".join((*parts, name)) for name in files]
+    if faults:
+        raise faults[0]
+    return sorted(names)
+
+
+def find_layout(path: Path, names: list[str], fraction: float) -> tuple[list[str], dict, list[str]]:
+    """Reads classes and splits out of `names`, the files below `path`; the topmost set counts.
+
+    A class is a folder with all that lies in it. A fraction of each is set aside where no validation images
+    have classes. Returns the classes, {"train" and "val": (files, labels int64 [N])}, and lines to tell.
+    Raises BadInput where there is no set, or more than one.
+    """
+    images, others, told, splits = defaultdict(list), defaultdict(list), [], {}  # "a/b/" -> files in it
+    for name in names:
+        *parts, file = name.replace("\\", "/").split("/")  # Windows writes such .zips
+        if not any(part[:1] in ("", ".") or part in ("__MACOSX", "Labels.json") for part in (*parts, file)):
+            known = os.path.splitext(file)[1].lower() in SUFFIXES
+            (images if known else others)["".join(f"{part}/" for part in parts)].append(name)
+    train, val = find_classes(path, images, others)
+    if not val:
+        told = [f"no validation images in class folders: {fraction:.0%} of each class are kept for it"]
+        train, val = divide(train, fraction).values()
+    if alone := ", ".join(sorted(train.keys() ^ val.keys())):
+        told = [
+            f"only in train or only in val, so left out (name the folder of train alone to keep it): {alone}"
+        ]
+    classes = sorted(train.keys() & val.keys())
+    for split, found in (("train", train), ("val", val)):
+        labels = np.repeat(np.arange(len(classes)), [len(found[label]) for label in classes])
+        splits[split] = [name for label in classes for name in found[label]], labels
+    if left := left_out(images, others, {*splits["train"][0], *splits["val"][0]}):
+        told.append(f"left out: {left}")
+    return [printable(label) for label in classes], splits, told
+
+
+def find_classes(path: Path, images: dict[str, list], others: dict[str, list]) -> tuple[dict, dict]:
+    """{class: files} to train and to validate on, the second {} where none has classes. Raises BadInput."""
+    sets = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))  # of a folder, a split, a class
+    ranked = defaultdict(list)
+    for folder, files in images.items():
+        if match := LAYOUT.fullmatch(folder):
+            sets[match[1]][match[2][:2].lower()][match[3]] += files
+        for part in re.finditer("[^/]+/", folder):
+            if folder[: part.end()] in images:
+                sets[folder[: part.start()]][""][part[0][:-1]] += files
+    for folder, found in sets.items():
+        train, depth = found["tr"], folder.count("/")
+        val = next((found[split] for split in ("va", "te") if found[split].keys() & train.keys()), {})
+        many = {label: files for label, files in (train or found[""]).items() if len(files) > 1}
+        if len(train.keys() & val.keys()) > 1:
+            ranked[0, depth].append((folder, train, val))
+        elif len(many) > 1 and not all(re.fullmatch(SPLIT, f"{label}/", re.IGNORECASE) for label in many):
+            ranked[0 if train else 1, depth].append((folder, many, {}))
+    tops = ranked[min(ranked, default=0)]
+    if len(tops) != 1:
+        found = ", ".join(top[0] for top in tops) or left_out(images, others, set()) or "no files"
+        raise BadInput(
+            f"{path}: expected one set of two or more classes, train/<class>/ with val/<class>/ or "
+            f"test/<class>/, or a folder for each; found {printable(found)}; name the folder of one set"
+        )
+    return tops[0][1:]
+
+
+def divide(classes: dict[str, list[str]], fraction: float) -> dict[str, dict[str, list[str]]]:
+    """Sets a fraction of every class aside, evenly spread: the first image always, the second never."""
+    splits: dict[str, dict[str, list[str]]] = {"train": {}, "val": {}}
+    share = round(1000 * fraction)
+    for label, files in classes.items():
+        for place, name in enumerate(files):
+            split = "val" if place * share % 1000 < share else "train"
+            splits[split].setdefault(label, []).append(name)
+    return splits
+
+
+def left_out(images: dict[str, list], others: dict[str, list], used: set[str]) -> str:
+    """Counts what is not used: images by folder, other files by suffix."""
+    counts = Counter()
+    for folder, files in images.items():
+        counts[f"images in {folder or 'no folder'}"] = sum(name not in used for name in files)
+    for folder in filter(None, others):
+        counts.update(os.path.splitext(name)[1].lower() or "without suffix" for name in others[folder])
+    parts = [f"{count:,} {what}" for what, count in (+counts).most_common()]
+    return ", ".join(parts[:8] + ["..."] * (len(parts) > 8))
+
+
+def printable(text: str) -> str:
+    """A name from a disk, with escapes for bytes that are no text."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def read_file(root: Path | zipfile.ZipFile, name: str) -> bytes:
+    """A file's bytes. What is damaged, missing or too large may raise anything."""
+    with root.open(name) if isinstance(root, zipfile.ZipFile) else (root / name).open("rb") as file:
+        raw = file.read(LARGEST_FILE + 1)
+    if len(raw) > LARGEST_FILE:
+        raise ValueError(f"more than {LARGEST_FILE:,} bytes")
+    return raw
+
+
+def open_image(raw: bytes) -> Image.Image:
+    """A picture, upright, from a file's bytes; a JPEG's are not yet decoded. Damage may raise anything."""
+    image = Image.open(io.BytesIO(raw), formats=sorted(set(SUFFIXES.values())))
+    if image.getexif().get(0x112, 1) != 1:  # EXIF's orientation
+        image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":  # grey of more than 8 bits, of which often 10 or 12 are used
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+        values -= min(0, values.min())
+        bits = max(0 if image.mode == "F" else 8, math.ceil(math.log2(values.max() or 1)))
+        image = Image.fromarray((values * (255 / 2.0**bits)).astype(np.uint8))
+    return image
+
+
 # %% Photographs [markdown]
 # ### Photographs
 #
@@ -1906,28 +2049,20 @@ def crop_box(width: int, height: int, draws: Sequence[float] = ()) -> tuple[floa
     return left, top, left + side, top + side
 
 
-def open_image(raw: bytes) -> Image.Image:
-    """A picture, upright, from a file's bytes; of a JPEG only the head is decoded. Raises one of DAMAGE."""
-    image = Image.open(io.BytesIO(raw), formats=("JPEG", "PNG", "WEBP", "GIF", "BMP"))
-    upright = image.getexif().get(0x112, 1) == 1  # EXIF's orientation
-    return image if upright else ImageOps.exif_transpose(image)
-
-
-def crop(image: Image.Image, side: int, draws: Sequence[float] = ()) -> np.ndarray:
-    """The part of a picture that `draws` choose, uint8 [side, side, 3]. Raises one of DAMAGE."""
+def decode(raw: bytes, side: int, box: Callable[[int, int], tuple]) -> np.ndarray:
+    """The part of a picture that box(width, height) gives, uint8 [side, side, 3]. May raise anything."""
+    image = open_image(raw)
     width, height = image.size
-    box = crop_box(width, height, draws)
+    box = box(width, height)
     shrink = min(box[2] - box[0], box[3] - box[1]) / side
     if draft := image.draft(None, (int(width / shrink), int(height / shrink))):  # None but for JPEGs
         box = tuple(edge * draft[1][2] / width for edge in box)
-    if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     image = image if image.mode == "RGB" else image.convert("RGB")
     return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR, box))
 
 
 def crop_array(pixels: np.ndarray, side: int, draws: Sequence[float] = ()) -> np.ndarray:
-    """As `crop`, of an array uint8 [H, W, 3]: torch does it several times as fast as PIL."""
+    """As `decode`, of an array uint8 [H, W, 3]: torch does it several times as fast as PIL."""
     left, top, right, bottom = map(round, crop_box(pixels.shape[1], pixels.shape[0], draws))
     batch = torch.from_numpy(pixels[top:bottom, left:right].copy())[None].permute(0, 3, 1, 2)
     batch = F.interpolate(batch, (side, side), mode="bilinear", antialias=True)
@@ -1946,21 +2081,24 @@ class Photos:
 
     def chosen(self, rows: Iterable[int]) -> Photos:
         """Those of some rows."""
+        return self.named([self.names[row] for row in rows])
+
+    def named(self, names: Sequence) -> Photos:
+        """Others of the same place."""
         photos = copy.copy(self)
-        photos.names, photos.kept = [self.names[row] for row in rows], {}
+        photos.names, photos.kept = names, {}
         return photos
 
     def read(self, index: int) -> bytes:
-        name = self.names[index]
-        return self.archive.read(name) if self.archive else (self.place / name).read_bytes()
+        return read_file(self.archive or self.place, self.names[index])
 
     def crop(self, index: int, side: int, draws: Sequence[float] = ()) -> np.ndarray:
-        """As `crop`; what nothing was drawn for is kept while KEEP allows."""
+        """As `decode`; what nothing was drawn for is kept while KEEP allows."""
         if not draws and (index, side) in self.kept:
             return self.kept[index, side]
         if isinstance(self.place, np.ndarray):
             return crop_array(self.place[self.names[index]], side, draws)
-        picture = crop(open_image(self.read(index)), side, draws)
+        picture = decode(self.read(index), side, functools.partial(crop_box, draws=draws))
         if not draws and len(self.kept) < KEEP // picture.nbytes:
             self.kept[index, side] = picture
         return picture
@@ -1973,7 +2111,7 @@ class Photos:
         rows = np.arange(len(self))[index]
         pictures = np.full((*rows.shape, PICTURE, PICTURE, 3), 128, dtype=np.uint8)
         for place, row in np.ndenumerate(rows):
-            with contextlib.suppress(*DAMAGE):
+            with contextlib.suppress(Exception):  # a damaged file can break a decoder in any way
                 pictures[place] = self.crop(row, PICTURE)
         return pictures
 
@@ -2041,8 +2179,8 @@ class CropSource:
             index = indices[place]
             try:
                 pictures[place] = self.images.crop(index, self.side, draws[place])
-            except DAMAGE as error:  # one_line, less an address in memory
-                bad[index] = f"{self.images.names[index]}: {one_line(error).partition(' <')[0]}"
+            except Exception as error:  # a damaged file can break a decoder in any way
+                bad[index] = reason(self.images.names[index], error)
         return bad
 
     def finish(self, indices: Tensor, weights: Tensor, pictures: Tensor, shares: Iterator[dict]) -> Batch:
@@ -2060,86 +2198,28 @@ class CropSource:
         return Batch(indices, weights, views, labels, missing)
 
 
-# %% Layouts [markdown]
-# ### Layouts
-#
-# Kaggle's `ambityga/imagenet100` comes in parts, `train.X1` to `train.X4`, of 25 classes each: a class index
-# made part by part would give four classes the label 0. Others have `train/` and `val/`, or one folder a
-# class and no validation images at all. All of it may lie one folder deeper than you think, or in a `.zip`.
-# One listing reads them all; nothing is unpacked.
+# %% Folders and arrays [markdown]
+# ### Folders and arrays
 #
 # Packed images are four `.npy` files and the names of the classes. They are mapped, not read: the operating
 # system loads the pages that are touched, so a set larger than memory opens at once, and a skipped picture is
 # never loaded.
 
-# %% Layouts tags=["fold"]
-# @title Layouts
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-SPLIT = r"(train|training|val|valid|validation|test|testing)(?:\.X[^/]*)?"
-LAYOUT = re.compile(rf"([^/]+/)??(?:{SPLIT}/)?([^/]+)/([^/]*)", re.IGNORECASE)  # folder, split, class, file
+# %% Folders and arrays tags=["fold"]
+# @title Folders and arrays
 PACKED = ("train_images", "train_labels", "val_images", "val_labels")
 
 
-def names_in(root: Path) -> list[str]:
-    """What lies below `root`, a folder or a .zip, sorted; folders end with "/".
-
-    Links are followed, and at most four levels. Raises one of DAMAGE.
-    """
-    names = []
-    if not root.is_dir():
-        with zipfile.ZipFile(root) as archive:
-            names = archive.namelist()
-    for place, folders, files in os.walk(root, followlinks=True):
-        above = Path(place).relative_to(root).parts
-        names += ["/".join((*above, name)) for name in (*files, *(f"{folder}/" for folder in folders))]
-        if len(above) == 3:
-            folders.clear()
-    return sorted(names)
-
-
-def find_splits(names: list[str]) -> dict[str, dict[str, list[int]]]:
-    """{class: rows of `names`} for "train", and for "val" if it has a folder. May raise ValueError."""
-    found: defaultdict[tuple, defaultdict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for row, name in enumerate(names):
-        match = LAYOUT.fullmatch(name)
-        if match and not any(part.startswith((".", "__MACOSX")) for part in name.split("/")):
-            above, split, label, file = match.groups(default="")
-            rows = found[above, split[:2].lower()][label]
-            rows += [row] if file.lower().endswith(IMAGE_SUFFIXES) else []
-    for above in sorted({above for above, _ in found}):
-        train, val = found.get((above, "tr")), found.get((above, "va")) or found.get((above, "te"))
-        if train and val:
-            return {"train": train, "val": val}
-    alone = sorted(place for place, classes in found.items() if sum(map(bool, classes.values())) > 1)
-    if len(alone) == 1 or ("", "") in alone:
-        return {"train": found[alone[0]]}
-    raise ValueError(f"folders of classes: {', '.join(map(''.join, alone)) or 'none'}")
-
-
-def divide(classes: dict[str, list[int]], fraction: float) -> dict[str, dict[str, list[int]]]:
-    """Sets a fraction of every class aside, evenly spread: the first image always, the second never."""
-    splits: dict[str, dict[str, list[int]]] = {"train": {}, "val": {}}
-    share = round(1000 * fraction)
-    for label, rows in classes.items():
-        for place, row in enumerate(rows):
-            split = "val" if place * share % 1000 < share else "train"
-            splits[split].setdefault(label, []).append(row)
-    return splits
-
-
-def read_folders(path: Path, val_fraction: float) -> ImageData:
-    """The photographs below `path`, a folder or a .zip, in any layout. Raises one of DAMAGE."""
+def read_folders(path: Path, val_fraction: float, say: Callable[[str], None]) -> ImageData:
+    """The photographs below `path`, a folder or a .zip, in any layout. Raises BadInput."""
     photos = Photos(path, names_in(path))
-    splits = find_splits(photos.names)
-    labels, arrays = sorted(set().union(*splits.values())), {}
-    splits = splits if "val" in splits else divide(splits["train"], val_fraction)
-    for split, classes in splits.items():
-        counts = [len(classes.get(label, ())) for label in labels]
-        if 0 in counts:
-            raise ValueError(f"no image in {split} of class {labels[counts.index(0)]}")
-        arrays[f"{split}_images"] = photos.chosen(row for label in labels for row in classes[label])
-        arrays[f"{split}_labels"] = np.repeat(np.arange(len(labels)), counts)
-    return ImageData(path.stem, False, titles_of(labels, photos), **arrays, source=str(path))
+    classes, splits, told = find_layout(path, photos.names, val_fraction)
+    for line in told:
+        say(f"{path}: {line}")
+    arrays = {}
+    for split, (names, labels) in splits.items():
+        arrays |= {f"{split}_images": photos.named(names), f"{split}_labels": labels}
+    return ImageData(path.stem, False, titles_of(classes, photos), **arrays, source=str(path))
 
 
 def titles_of(labels: list[str], photos: Photos) -> list[str]:
@@ -2174,28 +2254,30 @@ def load_data(settings: Settings, say: Callable[[str], None]) -> ImageData:
 
     Raises BadInput, in one sentence, for them, and for weights that cannot be had or do not fit.
     """
+    settings = settings if settings.data_dir and settings.out else fill_defaults(settings)
     for used in (settings.data, settings.weights):
         place = Path(used).expanduser().resolve()
         if place.exists() and Path(settings.out).resolve() in place.parents and not settings.resume:
             raise BadInput(f"{used}: lies in --out {settings.out}, which the run renames; copy it elsewhere")
-    data = drawn(settings.train_size) if settings.data == "shapes" else read_data(settings)
+    data = drawn(settings.train_size) if settings.data == "shapes" else read_data(settings, say)
     build_model(settings, data, say)
     return data
 
 
-def read_data(settings: Settings) -> ImageData:
+def read_data(settings: Settings, say: Callable[[str], None]) -> ImageData:
     """The images on the disk that the settings name. Raises BadInput."""
     path = find_data(settings)
     packed = [file.parent for above in ("", "*/") for file in path.glob(f"{above}train_images.npy")]
     try:
-        data = read_packed(packed[0]) if packed else read_folders(path, settings.val_fraction)
+        data = read_packed(packed[0]) if packed else read_folders(path, settings.val_fraction, say)
         if len(data.classes) < 2:
             raise ValueError(f"the only class is {data.classes[0]}")
+    except BadInput:
+        raise
     except DAMAGE as error:
         raise BadInput(
-            f"--data {path}: {one_line(error)}; expected train/<class>/ with val/<class>/ or test/<class>/, "
-            "Kaggle's train.X1 and so on, val.X and Labels.json, a folder for each of two or more classes, "
-            f"a .zip of these, or {', '.join(PACKED)} .npy with classes.json; correct the path or the data"
+            f"--data {path}: {one_line(error)}; expected a folder, or a whole .zip, whose Labels.json is "
+            f" {{class: name}}, or {', '.join(PACKED)} .npy with classes.json; correct or unpack it"
         ) from error
     if settings.train_size:
         rows = balanced_subset(data.train_labels, settings.train_size, len(data.classes))
@@ -2455,6 +2537,11 @@ DAMAGE += (struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile, Image.D
 def one_line(error: Exception) -> str:
     """An error's own words on one line, since bad input gets one sentence."""
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def reason(name: str, error: Exception) -> str:
+    """Why a file is left out, less an address in memory: the same file is the same line."""
+    return printable(f"{name}: {one_line(error).partition(' <')[0]}")
 
 
 def drawn(size: int) -> ImageData:
