@@ -289,7 +289,7 @@ def test_prepared_data_serve_the_run(tmp_path, capsys):
     assert "SYNTHETIC images, made by this program: shapes, 120 training" in capsys.readouterr().out
     assert (settings.device, settings.data_dir) == ("cpu", "./data")
     found = ast.run(settings, listeners=[], say=lambda line: None, data=data)
-    assert (found["n_train"], found["n_val"], found["complete"]) == (N, 2000, True)
+    assert (found["n_train"], found["n_val"], found["complete"]) == (N, 1000, True)
 
 
 @pytest.mark.parametrize(
