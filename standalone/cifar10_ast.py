@@ -2070,8 +2070,9 @@ def decode_all(path: Path, names: list[str]) -> tuple[np.ndarray, dict[int, str]
         except Exception as error:  # a damaged file can break a decoder in any way
             lost[index] = reason(names[index], error)
 
+    hidden = None if kernel() is None else False  # a notebook is no terminal, but it shows a bar
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(tqdm(pool.map(work, range(len(names))), "decoding", len(names), leave=False, disable=None))
+        list(tqdm(pool.map(work, range(len(names))), "decoding", len(names), leave=False, disable=hidden))
     return images, dict(sorted(lost.items()))
 
 
@@ -2140,7 +2141,7 @@ def download(folder: Path, say: Callable[[str], None]) -> bool:
         socket.setdefaulttimeout(STALL_SECONDS)  # torchvision itself waits for ever
         download_and_extract_archive(CIFAR10_URL, folder, filename=CIFAR10.filename, md5=CIFAR10.tgz_md5)
     except (*DAMAGE, http.client.HTTPException, futures.TimeoutError) as error:
-        say(f"CIFAR-10 could not be downloaded from {CIFAR10_URL} to {folder}: {one_line(error)}")
+        say(f"CIFAR-10 could not be downloaded: {one_line(error)[:50]}")
         return False
     finally:
         socket.setdefaulttimeout(usual)
@@ -2170,7 +2171,7 @@ def load_data(settings: Settings, say: Callable[[str], None]) -> ImageData:
         )
         if settings.data != "auto":
             raise BadInput(f"--data {settings.data}: {missing}")
-        say(f"NO CIFAR-10, going on with SYNTHETIC `shapes`: {missing}")
+        say("NO CIFAR-10, so SYNTHETIC `shapes`, drawn images (--data cifar10 tells where it was looked for)")
         return drawn(settings.train_size)
     reader, place = found
     try:
@@ -2195,7 +2196,7 @@ def view_side(settings: Settings) -> int:
 
 def read_view(raw: bytes, side: int) -> np.ndarray:
     """What the model sees of a picture, from a file's bytes: uint8 [side, side, 3]. Raises one of DAMAGE."""
-    return decode(io.BytesIO(raw))
+    return decode(raw)
 
 
 # %% Pick a balanced subset tags=["shared", "fold"]
@@ -3525,7 +3526,7 @@ def predict(*paths: str, chosen: ASTConfig | None = None, controls: Controls | N
             break
         try:
             view = read_view(file.read_bytes(), saved["image_size"])
-        except DAMAGE as error:
+        except Exception as error:  # a damaged file can break a decoder in any way
             lost.append(f"{file}: {one_line(error).partition(' <')[0]}")  # less an address in memory
             continue
         images = torch.tensor(view, device=chosen.device)[None]

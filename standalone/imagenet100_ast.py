@@ -2342,7 +2342,7 @@ class Unread:
     __init__ = __setstate__ = lambda self, *parts: None
 
 
-def read_file(path: Path) -> dict[str, Tensor]:
+def read_state(path: Path) -> dict[str, Tensor]:
     """The state dict in a file, bare or among what training programs save beside it: of the dicts in the
     file, the one with the most tensors. Raises one of DAMAGE, and what torch raises."""
     if path.suffix == ".safetensors":
@@ -2367,7 +2367,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """As `read_file`."""
+    """As `read_state`."""
     if not importlib.util.find_spec("safetensors"):
         raise ValueError("the package safetensors is missing: pip install safetensors")
     from safetensors import SafetensorError
@@ -2391,7 +2391,7 @@ def read_weights(settings: Settings) -> dict[str, Tensor]:
     """The state dict that `settings.weights` names, of which no code is run: a file's, or torchvision's,
     searched for and else downloaded. Raises what torch raises."""
     if settings.weights != "imagenet":
-        return read_file(Path(settings.weights).expanduser())
+        return read_state(Path(settings.weights).expanduser())
     weights, found = torchvision.models.get_model_weights(settings.model).DEFAULT, None
     name = weights.url.rpartition("/")[2]
     for root in (Path(settings.data_dir).expanduser(), KAGGLE_INPUT):
@@ -2503,7 +2503,7 @@ def view_side(settings: Settings) -> int:
 
 def read_view(raw: bytes, side: int) -> np.ndarray:
     """What the model sees of a picture, from a file's bytes: uint8 [side, side, 3]. Raises one of DAMAGE."""
-    return crop(open_image(raw), side)
+    return decode(raw, side, crop_box)
 
 
 # %% Pick a balanced subset tags=["shared", "fold"]
@@ -3833,7 +3833,7 @@ def predict(*paths: str, chosen: ASTConfig | None = None, controls: Controls | N
             break
         try:
             view = read_view(file.read_bytes(), saved["image_size"])
-        except DAMAGE as error:
+        except Exception as error:  # a damaged file can break a decoder in any way
             lost.append(f"{file}: {one_line(error).partition(' <')[0]}")  # less an address in memory
             continue
         images = torch.tensor(view, device=chosen.device)[None]

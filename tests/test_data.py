@@ -435,7 +435,7 @@ def test_auto_goes_on_with_shapes_where_a_download_fails(cifar, tmp_path, server
     assert (data.synthetic, len(notices)) == (True, 2 if kind in ("silent", "missing") else 3)
     assert f"{kind}/{ARCHIVE}" in notices[-2]
     assert ("time" in notices[-2].lower()) == (kind in ("silent", "stall"))
-    assert notices[-1].startswith("NO CIFAR-10, going on with SYNTHETIC `shapes`: ")
+    assert notices[-1].startswith("NO CIFAR-10, so SYNTHETIC `shapes`")
     server("good")  # what was cut short is no hindrance
     assert load(cifar, "auto", tmp_path / "data")[0].name == "cifar10"
 
