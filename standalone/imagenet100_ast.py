@@ -3440,7 +3440,8 @@ class Run:
         done = [(run["policy"], run["seed"]) for run in self.finished]
         work = {name: (len(self.planned(name)), sum(self.planned(name))) for name in self.policies}
         for listener in self.listeners:
-            listener("plan", {"work": work, "seeds": self.seeds, "done": done})
+            plan = {"work": work, "seeds": self.seeds, "done": done, "synthetic": self.data.synthetic}
+            listener("plan", plan)
         for seed, policy in itertools.product(self.seeds, self.policies):
             if (policy, seed) not in done and (stored or not self.controls.stopping()):
                 self.train(policy, seed, stored)
@@ -4144,13 +4145,15 @@ class History:
 class Histories:
     """The histories of a session: a listener in the worker, read by the notebook's thread."""
 
-    def __init__(self, title: str = ""):
-        self.title, self.progress = title, Progress()  # title: of pictures
+    def __init__(self):
+        self.title, self.progress = "", Progress()  # title: of pictures
         self.runs: list[History] = []  # the newest last
 
     def __call__(self, event: str, data: dict) -> None:
         self.progress(event, data)
-        if event == "start":
+        if event == "plan":
+            self.title = "SYNTHETIC images" if data["synthetic"] else ""
+        elif event == "start":
             names = ("policy", "seed", "epochs", "rows", "changes")
             self.runs.append(History(*(data[name] for name in names)))
         elif event == "chunk":
@@ -4502,8 +4505,7 @@ async def run_live(settings: ASTConfig, data: ImageData | None = None, panel: ob
     """
     if any(thread.name == Worker.NAME for thread in threading.enumerate()):
         raise BadInput("another run in this notebook: expected none; wait until it has saved, then run again")
-    controls, lines = Controls(), queue.SimpleQueue()
-    histories = Histories("SYNTHETIC images" if data and data.synthetic else "")
+    controls, lines, histories = Controls(), queue.SimpleQueue(), Histories()
     settled = settings_for_run(settings)
     dashboard = live = Dashboard(panel, histories, controls, settled) if widgets_serve() else None
     if dashboard:
