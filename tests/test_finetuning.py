@@ -344,6 +344,10 @@ def test_a_profile_sets_what_nobody_else_did_and_bad_values_are_refused(imagenet
     variables = {"AST_TARGET_ACTIVATION": "0.25", "AST_PROFILE": "efficiency"}
     assert target(environment=variables) == 0.25
     assert target(profile="efficiency", target_activation=0.5) == 0.5
+    assert target("--profile", "efficiency", target_activation=0.5) == 0.5
+    assert target("--profile", "efficiency", environment={"AST_TARGET_ACTIVATION": "0.25"}) == 0.25
+    assert imagenet.parse(imagenet.Settings(), ["--profile", "efficiency"], {}).warmup_epochs == 1
+    assert target("--profile", "accuracy", profile="efficiency") == 0.4
     for bad in ("image-size 4", "workers 0", "val-fraction 1", "compare shorter", "profile fast"):
         with pytest.raises(imagenet.BadInput, match=rf"^--{bad}[.0]*: expected [^\n]+$"):
             target(*f"--{bad}".split())

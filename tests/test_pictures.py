@@ -5,12 +5,14 @@ import io
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
+from conftest import at
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -29,13 +31,9 @@ def trained(listeners, gate="remembered", wishes=None):
     model, x = torch.nn.Linear(12, 4), torch.randn(N + 60, 12)
     data = (x[:N], x[:N, :4].argmax(1)), (x[N:], x[N:, :4].argmax(1))
     config = {"batch_size": 16, "amp": "off", "device": "cpu", "target_activation": 0.3, "gate": gate}
-    controls, seen = ast.Controls(), itertools.count(1)
-
-    def ask(event, data):
-        if event == "chunk" and (wish := (wishes or {}).get(next(seen))):
-            controls.set(*wish)
-
-    options = {"listeners": [*listeners, ask], "controls": controls}
+    controls = ast.Controls()
+    asking = [at("chunk", n, partial(controls.set, *wish)) for n, wish in (wishes or {}).items()]
+    options = {"listeners": [*listeners, *asking], "controls": controls}
     return ast.AdaptiveSparseTrainer(model, *data, config, **options).train(EPOCHS)
 
 

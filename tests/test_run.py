@@ -292,24 +292,6 @@ def test_prepared_data_serve_the_run(tmp_path, capsys):
     assert (found["n_train"], found["n_val"], found["complete"]) == (N, 1000, True)
 
 
-@pytest.mark.parametrize(
-    "cell,flags,env,expected",
-    [
-        ({}, [], {}, ("accuracy", 0.4, None)),
-        ({}, ["--profile", "efficiency"], {}, ("efficiency", 0.15, 1)),
-        ({}, [], {"AST_PROFILE": "efficiency"}, ("efficiency", 0.15, 1)),
-        ({"profile": "efficiency"}, [], {}, ("efficiency", 0.15, 1)),
-        ({"profile": "efficiency"}, ["--profile", "accuracy"], {}, ("accuracy", 0.4, None)),
-        ({"warmup_epochs": 3}, ["--profile", "efficiency"], {}, ("efficiency", 0.15, 3)),
-        ({}, ["--profile", "efficiency", "--target-activation", "0.3"], {}, ("efficiency", 0.3, 1)),
-        ({}, ["--profile", "efficiency"], {"AST_WARMUP_EPOCHS": "2"}, ("efficiency", 0.15, 2)),
-    ],
-)
-def test_a_profile_sets_what_nobody_else_did(imagenet, cell, flags, env, expected):
-    found = imagenet.parse(replace(imagenet.Settings(), **cell), flags, env)
-    assert (found.profile, found.target_activation, found.warmup_epochs) == expected
-
-
 KAGGLE, COLAB = {"KAGGLE_KERNEL_RUN_TYPE": "Batch"}, {"COLAB_RELEASE_TAG": "release"}
 PLATFORMS = [({}, "runs/cifar10_ast", "./data"), (COLAB, "/content/cifar10_ast", "/content/data")]
 PLATFORMS += [(env, "/kaggle/working/cifar10_ast", "/kaggle/temp/data") for env in (KAGGLE, COLAB | KAGGLE)]

@@ -1,6 +1,5 @@
 """The trainer from Python: other people's models on other people's data, and a hand on the controls."""
 
-import itertools
 import math
 import threading
 import time
@@ -9,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TIMED
+from conftest import TIMED, at
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -45,12 +44,6 @@ def model():
 def keeping(event, into):
     """A listener that keeps what it is told at `event`."""
     return lambda name, data: into.append(dict(data)) if name == event else None
-
-
-def at(event, number, action):
-    """A listener that calls `action` at the `number`th `event`."""
-    seen = itertools.count(1)
-    return lambda name, data: action() if name == event and next(seen) == number else None
 
 
 class Counting(Dataset):
@@ -506,14 +499,6 @@ def test_training_again_begins_anew_on_the_weights_as_they_are(loaders, model):
     assert second["epochs"][0]["train_loss"] < first["epochs"][0]["train_loss"]
     assert second["candidates"] == 3 * TRAIN
     assert (len(first["epochs"]), first["candidates"]) == (2, 2 * TRAIN), "as they were"
-
-
-def test_the_state_is_saved_at_the_start_and_after_each_epoch(loaders, model):
-    epochs = []
-    save = lambda: epochs.append(trainer.epoch)  # noqa: E731
-    trainer = ast.AdaptiveSparseTrainer(model, *loaders, listeners=[], save=save)
-    trainer.train(epochs=3)
-    assert epochs == [0, 1, 2, 3]
 
 
 def test_a_table_is_printed_unless_there_are_listeners(loaders, model, capfd):
