@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -97,10 +98,12 @@ def make_parser() -> argparse.ArgumentParser:
                 flags("path", type=Path, metavar="PATH", help=forms, **default)
                 fraction = "of each class, for validation, where there is no folder for it (default: 0.2)"
                 flags("--val-fraction", type=float, default=0.2, metavar="F", help=fraction)
+                flags("--workers", type=int, default=0, help="threads (default: four more than cores)")
             if command in ("make", "pack"):
                 flags("--to", type=Path, required=True, metavar="DIR", help="folder to put it in")
             if command == "pack":
                 flags("--side", type=int, default=256, help="pixels (default: 256)")
+                flags("--enlarge", action="store_true", help="also where --side is above the images' own")
             flags("--json", action="store_true", help="print one JSON object, for a program")
     return parser
 
@@ -112,10 +115,13 @@ def say(text: str) -> None:
 
 def run(options: argparse.Namespace) -> tuple[dict, str]:
     """Run the command; returns its report, and the same for a person."""
+    program = "cifar10_ast" if options.set == "cifar10" else "imagenet100_ast"
+    train = f"train on it: python standalone/{program}.py --data "
+    source = [getattr(options, name, None) for name in ("path", "val_fraction", "workers")]
     if options.command == "check":
         report = cifar10.check_published(options.path) if options.set == "cifar10" else None
-        report = report or check.check(Images(options.path, options.val_fraction), options.set)
-        return report, check.summary(report)
+        report = report or check.check(Images(*source), options.set)
+        return report, f"{check.summary(report)}\n{train}{shlex.quote(str(options.path))}"
     with locked(options.to):
         if options.command == "fetch":
             report = cifar10.fetch(options.to, say)
@@ -124,11 +130,14 @@ def run(options: argparse.Namespace) -> tuple[dict, str]:
             classes = make.read_classes(make.CMC if options.classes == "cmc" else Path(options.classes))
             report = make.make(options.source, classes, options.to, options.val_labels, options.how)
             return report, check.summary(report)
-        manifest = pack.pack(Images(options.path, options.val_fraction), options.to, options.side, say)
+        images = Images(*source)
+        for line in images.told:
+            say(line)
+        manifest = pack.pack(images, options.to, options.side, say, options.enlarge)
     images = " and ".join(f"{count:,} {split}" for split, count in manifest["images"].items())
     lines = [f"{options.to}: {images} images of {len(manifest['keys'])} classes at {manifest['side']} pixels"]
     lines += [f"  left out: {item['file']} ({item['reason']})" for item in manifest["unreadable"]]
-    return {"path": str(options.to), **manifest}, "\n".join([*lines, f"train on it: --data {options.to}"])
+    return {"path": str(options.to), **manifest}, "\n".join([*lines, train + shlex.quote(str(options.to))])
 
 
 def main(arguments: list[str] | None = None) -> int:

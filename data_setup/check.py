@@ -33,6 +33,7 @@ class Fact(NamedTuple):
     name: str
     digest: bytes = b""
     short_side: int = 0  # pixels
+    deep: bool = False  # grey of more than 8 bits
     reason: str = ""  # why it is unreadable
 
 
@@ -43,12 +44,13 @@ def check(source: Images, name: str) -> dict:
         pairs = zip(source.labels[split].tolist(), source.names[split], strict=True)
         facts += [Fact(split, label, name) for label, name in pairs]
     blocks = [facts[start : start + BLOCK] for start in range(0, len(facts), BLOCK)]
-    looked = in_order(lambda block: [look(source, fact) for fact in block], blocks)
+    looked = in_order(lambda block: [look(source, fact) for fact in block], blocks, source.workers)
     facts = [fact for block in tqdm(looked, "checking", len(blocks), disable=None) for fact in block]
     sides = [fact.short_side for fact in facts if not fact.reason] or [0]
     unreadable = [{"file": fact.name, "reason": fact.reason} for fact in facts if fact.reason]
     report = overview(source) | copies(facts) | {"unreadable": unreadable}
     report["short_side"] = {"min": min(sides), "median": int(np.median(sides)), "max": max(sides)}
+    report["deep"] = sum(fact.deep for fact in facts)
     if unreadable:
         more = "; training refuses more than 1 %" if len(unreadable) > 0.01 * len(facts) else ""
         report["problems"].append(f"{len(unreadable)} of {len(facts)} images unreadable{more}")
@@ -64,7 +66,8 @@ def look(source: Images, fact: Fact) -> Fact:
     try:
         content = source.content(fact.name)
         fact = fact._replace(digest=hashlib.sha256(content).digest())
-        return fact._replace(short_side=decode(content, 32)[1])  # large JPEGs at reduced scale
+        _, short_side, deep = decode(content, 32)  # large JPEGs at reduced scale
+        return fact._replace(short_side=short_side, deep=deep)
     except Exception as error:  # a damaged file can break a decoder in any way
         return fact._replace(reason=one_line(error))
 
@@ -77,7 +80,8 @@ def overview(source: Images) -> dict:
         "classes": len(source.keys),
         "images": {split: len(source.names[split]) for split in SPLITS},
         "counts": {split: source.counts(source.labels[split]) for split in SPLITS},
-        "problems": [],
+        "told": source.told,
+        "problems": [line for line in source.told if line.startswith("only in")],
     }
 
 
@@ -119,12 +123,19 @@ def summary(report: dict) -> str:
     """A report for a person."""
     lines = [f"{report['path']}: {report['form']}, {report['classes']} classes"]
     for split, images in report["images"].items():
-        counts = report["counts"][split].values()
-        lines.append(f"  {split}: {images:,} images, {span(min(counts), max(counts))} a class")
+        counts = report["counts"][split]
+        ranked = [f"{key} {counts[key]:,}" for key in sorted(counts, key=counts.get)]
+        lines.append(
+            f"  {split}: {images:,} images, {span(min(counts.values()), max(counts.values()))} a class"
+        )
+        lines.append("    " + ", ".join(ranked if len(ranked) <= 10 else [*ranked[:4], "...", *ranked[-4:]]))
     if sides := report.get("short_side"):
         lines.append(
             f"  shorter side: {sides['min']:,} to {sides['max']:,} pixels, median {sides['median']:,}"
         )
+    if report.get("deep"):
+        lines.append(f"  grey of more than 8 bits: {report['deep']:,} images, each scaled to its own range")
+    lines += [f"  {line}" for line in report.get("told", []) if line not in report["problems"]]
     for item in report.get("unreadable", [])[:SHOWN]:
         lines.append(f"  unreadable: {item['file']} ({item['reason']})")
     for kind in COPIES:

@@ -105,10 +105,10 @@ def locked(target: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def in_order(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+def in_order(function: Callable[[Any], Any], items: Iterable[Any], workers: int = 0) -> Iterator[Any]:
     """Results of `function` in the order of `items`, made by threads a few items ahead, never all at once."""
     waiting: deque = deque()
-    workers = min(32, (os.cpu_count() or 1) + 4)  # some wait for the disk
+    workers = workers or min(32, (os.cpu_count() or 1) + 4)  # some wait for the disk
     with ThreadPoolExecutor(workers) as pool:
         for item in items:
             waiting.append(pool.submit(function, item))

@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import zipfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,114 +23,150 @@ from . import BadInput
 from .files import one_line
 
 SPLITS = ("train", "val")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+SUFFIXES = {suffix: form for suffix, form in Image.registered_extensions().items() if form in FORMATS}
+READ = sorted(set(SUFFIXES.values()))  # the formats that this Pillow has
 LARGEST_FILE = 64 << 20  # bytes; a photograph of 90 megapixels takes about 40 MB
-# Where images are split: PREFIX/SPLIT/CLASS or SPLIT/CLASS; Kaggle's ImageNet-100 has train.X1 to train.X4.
-SPLIT_CLASS = re.compile(
-    r"(?:([^/]+)/)?(train(?:ing)?|val(?:id|idation)?|test(?:ing)?)(?:\.X[^/]*)?/([^/]+)", re.I
+SPLIT = (
+    r"(train|training|val|valid|validation|test|testing)(?:\.X[^/]*)?/"  # Kaggle's ImageNet-100 has train.X1
 )
+LAYOUT = re.compile(rf"((?:[^/]+/)*?)(?:{SPLIT})+([^/]+)/.*", re.I)  # folder of the set, split, class
 Classes = dict[str, list[str]]  # a class -> its image files, named from the root
+Folders = dict[str, list[str]]  # a folder, "" or "a/b/" -> files that lie in it itself
 
 
 def list_names(root: Path) -> list[str]:
-    """Names in a .zip, or in a folder, three deep (links are followed); those of folders end in "/"."""
-    if not root.is_dir():
-        with zipfile.ZipFile(root) as archive:
-            return archive.namelist()
-    names, errors = [], []
-    for folder, folders, files in os.walk(root, onerror=errors.append, followlinks=True):
-        above = Path(folder).relative_to(root).parts
-        names += ["/".join((*above, name)) for name in files]
-        names += ["/".join((*above, name, "")) for name in folders]
-        if len(above) == 3:
-            folders.clear()
-    if errors:
-        raise errors[0]
-    return names
-
-
-def find_classes(path: Path, val_fraction: float) -> tuple[str, dict[str, Classes]]:
-    """The folder below `path` in which the data lies, and {split: {class: files}}. Raises BadInput."""
-    folders: dict[str, set[str]] = defaultdict(set)
+    """Files in a .zip, or in a folder (links are followed), sorted. Raises BadInput."""
+    names, errors, above = [], [], {str(root): ()}
     try:
-        names = list_names(path)
+        if not root.is_dir():
+            with zipfile.ZipFile(root) as archive:
+                return sorted(archive.namelist())
+        for place, folders, files in os.walk(root, onerror=errors.append, followlinks=True):
+            way = *above.pop(place), os.path.realpath(place)
+            if way[-1] in way[:-1]:  # a link led back
+                folders.clear()
+                continue
+            above |= {os.path.join(place, folder): way for folder in folders}
+            parts = Path(place).relative_to(root).parts
+            names += ["/".join((*parts, name)) for name in files]
+        if errors:
+            raise errors[0]
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise BadInput(
-            f"{path}: expected a folder or a whole .zip ({one_line(error)}); correct it"
-        ) from error
+        problem = f"expected a folder or a whole .zip ({one_line(error)})"
+        raise BadInput(f"{root}: {problem}; correct it, or unpack another archive") from error
+    return sorted(names)
+
+
+def find_layout(path: Path, fraction: float) -> tuple[dict[str, Classes], list[str], str]:
+    """{split: {class: files}}, what to tell of it, and the name of Labels.json or "". Raises BadInput."""
+    images, others, told, names = defaultdict(list), defaultdict(list), [], list_names(path)
     for name in names:
-        *above, file = name.split("/")
-        if not any(part.startswith((".", "__MACOSX")) for part in (*above, file)):
-            for depth in range(1, len(above) + 1):
-                folders["/".join(above[:depth])]  # there, perhaps without an image
-            if file.lower().endswith(SUFFIXES):
-                folders["/".join(above)].add(name)
-    trees: dict[str, dict[str, Classes]] = defaultdict(lambda: defaultdict(dict))
-    plain: dict[str, Classes] = defaultdict(dict)
-    for folder, images in sorted(folders.items()):
-        if found := SPLIT_CLASS.fullmatch(folder):
-            classes = trees[found[1] or ""][found[2].lower()[:3]]
-            classes.setdefault(found[3], []).extend(sorted(images))
-        prefix, _, key = folder.rpartition("/")
-        plain[prefix][key] = sorted(images)
-    for prefix, tree in sorted(trees.items()):
-        if tree["tra"] and (val := tree["val"] or tree["tes"]):
-            return prefix, {"train": tree["tra"], "val": val}
-    shallow = [prefix for prefix in sorted(plain) if "/" not in prefix]
-    holding = [prefix for prefix in shallow if sum(map(bool, plain[prefix].values())) >= 2]
-    if not holding or (holding[0] and len(holding) > 1):
-        found = f"class folders in each of {', '.join(holding[:5])}" if holding else "no known form of data"
+        *parts, file = name.replace("\\", "/").split("/")  # Windows writes such .zips
+        if not any(part[:1] in ("", ".") or part in ("__MACOSX", "Labels.json") for part in (*parts, file)):
+            known = os.path.splitext(file)[1].lower() in SUFFIXES
+            (images if known else others)["".join(f"{part}/" for part in parts)].append(name)
+    train, val = find_classes(path, images, others)
+    if not val:
+        told = [f"no validation images in class folders: {fraction:.0%} of each class are kept for it"]
+        train, val = divide(train, fraction).values()
+    if alone := ", ".join(sorted(train.keys() ^ val.keys())):
+        told = [
+            f"only in train or only in val, so left out (name the folder of train alone to keep it): {alone}"
+        ]
+    classes = sorted(train.keys() & val.keys())
+    splits = {
+        split: {label: part[label] for label in classes}
+        for split, part in zip(SPLITS, (train, val), strict=True)
+    }
+    used = {name for part in splits.values() for files in part.values() for name in files}
+    if left := left_out(images, others, used):
+        told.append(f"left out: {left}")
+    return (
+        splits,
+        told,
+        next((name for name in names if name.endswith("Labels.json")), ""),
+    )
+
+
+def find_classes(path: Path, images: Folders, others: Folders) -> tuple[Classes, Classes]:
+    """{class: files} to train and to validate on, the second {} where none has classes. Raises BadInput."""
+    sets = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))  # of a folder, a split, a class
+    ranked = defaultdict(list)
+    for folder, files in images.items():
+        if match := LAYOUT.fullmatch(folder):
+            sets[match[1]][match[2][:2].lower()][match[3]] += files
+        for part in re.finditer("[^/]+/", folder):
+            if folder[: part.end()] in images:
+                sets[folder[: part.start()]][""][part[0][:-1]] += files
+    for folder, found in sets.items():
+        train, depth = found["tr"], folder.count("/")
+        val = next((found[split] for split in ("va", "te") if found[split].keys() & train.keys()), {})
+        many = {label: files for label, files in (train or found[""]).items() if len(files) > 1}
+        if len(train.keys() & val.keys()) > 1:
+            ranked[0, depth].append((folder, train, val))
+        elif len(many) > 1 and not all(re.fullmatch(SPLIT, f"{label}/", re.I) for label in many):
+            ranked[0 if train else 1, depth].append((folder, many, {}))
+    tops = ranked[min(ranked, default=0)]
+    if len(tops) != 1:
+        found = ", ".join(top[0] for top in tops) or left_out(images, others, set()) or "no files"
         raise BadInput(
-            f"{path}: {found}, expected train/<class>/ with val/<class>/ or test/<class>/, one folder for "
-            "each of two or more classes, or Kaggle's train.X1 and so on with val.X; correct it"
+            f"{path}: expected one set of two or more classes, train/<class>/ with val/<class>/ or "
+            f"test/<class>/, or a folder for each; found {found}; name the folder of one set"
         )
-    return holding[0], divide(plain[holding[0]], val_fraction)
+    return tops[0][1:]
 
 
 def divide(classes: Classes, fraction: float) -> dict[str, Classes]:
-    """Set a fraction of every class aside, evenly spread: the first image always, the second never."""
+    """Sets a fraction of every class aside, evenly spread: the first image always, the second never."""
     if not 0 < fraction < 1:
         raise BadInput(f"--val-fraction {fraction}: expected a fraction in (0, 1); 0.2 keeps a fifth")
-    splits: dict[str, Classes] = {split: {key: [] for key in classes} for split in SPLITS}
+    splits: dict[str, Classes] = {"train": {}, "val": {}}
     share = round(1000 * fraction)
-    for key, names in classes.items():
-        for place, name in enumerate(names):
-            splits["val" if place * share % 1000 < share else "train"][key].append(name)
+    for label, files in classes.items():
+        for place, name in enumerate(files):
+            split = "val" if place * share % 1000 < share else "train"
+            splits[split].setdefault(label, []).append(name)
     return splits
+
+
+def left_out(images: Folders, others: Folders, used: set[str]) -> str:
+    """Counts what is not used: images by folder, other files by suffix."""
+    counts = Counter()
+    for folder, files in images.items():
+        counts[f"images in {folder or 'no folder'}"] = sum(name not in used for name in files)
+    for folder in filter(None, others):
+        counts.update(os.path.splitext(name)[1].lower() or "without suffix" for name in others[folder])
+    parts = [f"{count:,} {what}" for what, count in (+counts).most_common()]
+    return ", ".join(parts[:8] + ["..."] * (len(parts) > 8))
 
 
 class Images:
     """A data set of image files: `keys`, the class folders (label i is keys[i]); `classes`, names for people;
-    `names` and `labels` (int64 [N]) of the samples of each split, in training's order."""
+    `names` and `labels` (int64 [N]) of the samples of each split, in training's order; `told`, to be told."""
 
-    def __init__(self, path: Path, val_fraction: float = 0.2):
+    def __init__(self, path: Path, val_fraction: float = 0.2, workers: int = 0):
         """Find the images. Raises BadInput where there are none, or too few for two classes and splits."""
-        prefix, splits = find_classes(path, val_fraction)
-        self.path, self.keys = path, sorted(splits["train"])
-        self.archive = None if path.is_dir() else zipfile.ZipFile(path)
-        if odd := sorted(splits["train"].keys() ^ splits["val"].keys()):
-            raise BadInput(f"{path}: class {', '.join(odd[:5])} in only one of train and val; mend that")
-        if len(self.keys) < 2:
-            raise BadInput(f"{path}: the only class is {self.keys[0]}, expected two or more; add folders")
-        for split, classes in splits.items():
-            if empty := [key for key in self.keys if not classes[key]]:
-                raise BadInput(f"{path}: class {empty[0]} has no image for {split}; add some or remove it")
+        splits, self.told, table = find_layout(path, val_fraction)
+        self.keys = [key.encode("utf-8", "backslashreplace").decode() for key in splits["train"]]
+        self.path, self.workers, self.archive = (
+            path,
+            workers,
+            None if path.is_dir() else zipfile.ZipFile(path),
+        )
         self.names, self.labels = {}, {}
-        for split in SPLITS:
-            counts = [len(splits[split][key]) for key in self.keys]
-            self.names[split] = [name for key in self.keys for name in splits[split][key]]
+        for split, classes in splits.items():
+            self.names[split] = [name for files in classes.values() for name in files]
+            counts = [len(files) for files in classes.values()]
             self.labels[split] = np.repeat(np.arange(len(self.keys)), counts)
-        self.classes = self.titles(f"{prefix}/Labels.json".removeprefix("/"))
+        self.classes = self.titles(table) if table else self.keys
 
     def titles(self, name: str) -> list[str]:
-        """The classes' names: from Kaggle's Labels.json, {folder: "name, synonym, ..."}, or the folders'."""
+        """The classes' names, from Kaggle's Labels.json, {folder: "name, synonym, ..."}."""
         try:
             table = json.loads(self.content(name))
-            titles = [table.get(key, "").partition(",")[0].strip() or key for key in self.keys]
-        except (FileNotFoundError, KeyError):
-            return self.keys
-        except (ValueError, AttributeError) as error:
+            titles = [table.get(key, key).partition(",")[0] for key in self.keys]
+        except (OSError, ValueError, AttributeError) as error:
             problem = one_line(error)
             raise BadInput(f"{self.path / name}: expected {{folder: name}} in JSON ({problem})") from error
         pairs = zip(self.keys, titles, strict=True)  # of equal ones (two cranes) each gets its key too
@@ -150,6 +187,14 @@ class Images:
             raise ValueError(f"{size:,} bytes, more than {LARGEST_FILE:,}")
         return self.archive.read(name) if self.archive else file.read_bytes()
 
+    def median_side(self) -> int:
+        """The median shorter side, in pixels, of up to 200 images; 0 where none can be opened."""
+        names, sides = self.names["train"], []
+        for name in names[:: max(1, len(names) // 200)]:
+            with suppress(Exception):  # counted as unreadable later
+                sides.append(min(Image.open(io.BytesIO(self.content(name)), formats=READ).size))
+        return int(np.median(sides or [0]))
+
     def fingerprint(self) -> str:
         """A digest of names, order, sizes and times of the files: another, and it is another source."""
         parts: list[object] = [self.classes, self.names]
@@ -160,18 +205,22 @@ class Images:
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def decode(content: bytes, side: int) -> tuple[np.ndarray, int]:
-    """The centre square, uint8 [side, side, 3], and the picture's shorter side in pixels.
+def decode(content: bytes, side: int) -> tuple[np.ndarray, int, bool]:
+    """The centre square, uint8 [side, side, 3], the shorter side in pixels, and whether it is deep grey.
 
     All of the file is decoded. What is damaged may raise anything.
     """
-    image = Image.open(io.BytesIO(content), formats=FORMATS)
-    pixels = min(image.size)
+    image = Image.open(io.BytesIO(content), formats=READ)
+    pixels, deep = min(image.size), image.mode[0] in "IF"
     image.draft(None, (side, side))  # a JPEG at a half, a quarter or an eighth, where that is large enough
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would cut off at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if deep:  # grey, of which often 10 or 12 bits are used; convert() would cut it off at 255
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+        values -= min(0, values.min())
+        bits = max(0 if image.mode == "F" else 8, math.ceil(math.log2(values.max() or 1)))
+        image = Image.fromarray((values * (255 / 2.0**bits)).astype(np.uint8))
     short = min(image.size)
     left, top = (image.width - short) / 2, (image.height - short) / 2
     box = (left, top, left + short, top + short)
-    return np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR, box=box)), pixels
+    picture = image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR, box=box)
+    return np.asarray(picture), pixels, deep

@@ -29,13 +29,16 @@ BLOCK_BYTES = 4 << 20  # of pictures, which a thread decodes at a time
 COMMIT_SECONDS = 1.0  # of work that a kill may cost, beside what the threads hold
 
 
-def pack(source: Images, target: Path, side: int, say: Callable[[str], None]) -> dict:
+def pack(source: Images, target: Path, side: int, say: Callable[[str], None], enlarge: bool = False) -> dict:
     """Write `source` to `target` at `side` x `side` pixels; returns the manifest.
 
     Goes on where an earlier pack of the same source and side stopped. Raises BadInput.
     """
     if not 1 <= side <= 4096:
         raise BadInput(f"--side {side}: expected 1 to 4,096 pixels; 256 suits training at 224")
+    if not enlarge and 0 < (median := source.median_side()) < side:
+        expected = f"expected at most {median}, the images' median shorter side"
+        raise BadInput(f"--side {side}: {expected}; name a smaller one, or --enlarge them")
     files.refuse_inside(target, source.path)
     part, manifest = target / "pack.part", files.read_json(target / "manifest.json")
     identity = {"source": os.path.abspath(source.path), "side": side, "fingerprint": source.fingerprint()}
@@ -99,7 +102,9 @@ def write_images(source: Images, split: str, part: Path, progress: dict) -> None
         file.truncate(size)
         file.seek(size)
         committed = time.monotonic()
-        for block, (pictures, broken) in zip(blocks, files.in_order(decode_block, blocks), strict=True):
+        for block, (pictures, broken) in zip(
+            blocks, files.in_order(decode_block, blocks, source.workers), strict=True
+        ):
             file.write(pictures)
             unreadable += broken
             done[split] = block.stop
@@ -119,7 +124,7 @@ def refuse_if_many(source: Images, part: Path, progress: dict) -> None:
         shutil.rmtree(part)
         raise BadInput(
             f"{source.path}: {len(lost)} of {len(source)} images are unreadable, the first is {lost[0][0]} "
-            f"({lost[0][1]}), expected at most 1 %; mend or remove them"
+            f"({lost[0][1]}), expected at most 1 %; mend them, or name a copy without them"
         )
 
 

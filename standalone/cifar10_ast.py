@@ -77,9 +77,9 @@ import argparse
 import asyncio
 import contextlib
 import copy
+import csv
 import ctypes
 import functools
-import glob
 import hashlib
 import http.client
 import importlib.util
@@ -107,7 +107,7 @@ import urllib.request
 import warnings
 import zipfile
 import zlib
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -1757,10 +1757,15 @@ def resnet(classes: int) -> nn.Module:
     return nn.Sequential(*blocks, *head)
 
 
-def build_model(settings: Settings, data: ImageData) -> nn.Module:
-    """The model that `settings.model` names, for images [B, 3, 32, 32] to logits [B, classes]."""
-    model = {"simple_cnn": simple_cnn, "resnet": resnet}[settings.model](len(data.classes))
+def bare_model(name: str, classes: int, side: int) -> nn.Module:
+    """The model of a name, for images [B, 3, side, side], of 32 pixels, to logits [B, classes]."""
+    model = {"simple_cnn": simple_cnn, "resnet": resnet}[name](classes)
     return model.to(memory_format=torch.channels_last)
+
+
+def build_model(settings: Settings, data: ImageData) -> nn.Module:
+    """The model that the settings name, with random weights and an output for each class of the data."""
+    return bare_model(settings.model, len(data.classes), IMAGE_SIZE)
 
 
 # %% Views and the recipe [markdown]
@@ -1879,7 +1884,7 @@ class ImageData:
     references: dict[str, dict] = field(default_factory=dict)  # what else was measured on it, for the summary
 
 
-def read_official(root: Path, settings: Settings) -> ImageData:
+def read_official(root: Path, settings: Settings, say: Callable[[str], None]) -> ImageData:
     """Read CIFAR-10 from the folder that holds its batches, or its .tar.gz, which `data_dir` is to unpack."""
     try:
         sets = [CIFAR10(root, train=train) for train in (True, False)]
@@ -1892,90 +1897,204 @@ def read_official(root: Path, settings: Settings) -> ImageData:
     return ImageData("cifar10", False, CIFAR10_CLASSES, images[rows], labels[rows], *val, source=str(root))
 
 
+# %% Layouts [markdown] tags=["shared"]
+# ### Layouts
+#
+# Folders of images come in many forms: `train/<class>/` with `val/`, `valid/` or `test/`; one folder a class
+# and no validation images; Kaggle's `ambityga/imagenet100` in parts, `train.X1` to `train.X4`, of 25 classes
+# each. All of it may lie some folders deeper than you think, or in a `.zip`. One listing reads it where it
+# lies, and tells what it leaves out.
+
+# %% Layouts tags=["shared", "fold"]
+# @title Layouts
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+SUFFIXES = {suffix: form for suffix, form in Image.registered_extensions().items() if form in FORMATS}
+LARGEST_FILE = 64 << 20  # bytes
+SPLIT = r"(train|training|val|valid|validation|test|testing)(?:\.X[^/]*)?/"
+LAYOUT = re.compile(rf"((?:[^/]+/)*?)(?:{SPLIT})+([^/]+)/.*", re.IGNORECASE)  # folder, split, class
+
+
+def names_in(root: Path) -> list[str]:
+    """The files below `root`, a folder or a .zip, sorted; links are followed. Raises one of DAMAGE."""
+    names, faults, above = [], [], {str(root): ()}
+    if not root.is_dir():
+        with zipfile.ZipFile(root) as archive:
+            return sorted(archive.namelist())
+    for place, folders, files in os.walk(root, onerror=faults.append, followlinks=True):
+        way = *above.pop(place), os.path.realpath(place)
+        if way[-1] in way[:-1]:  # a link led back
+            folders.clear()
+            continue
+        above |= {os.path.join(place, folder): way for folder in folders}
+        parts = Path(place).relative_to(root).parts
+        names += ["/".join((*parts, name)) for name in files]
+    if faults:
+        raise faults[0]
+    return sorted(names)
+
+
+def find_layout(path: Path, names: list[str], fraction: float) -> tuple[list[str], dict, list[str]]:
+    """Reads classes and splits out of `names`, the files below `path`; the topmost set counts.
+
+    A class is a folder with all that lies in it. A fraction of each is set aside where no validation images
+    have classes. Returns the classes, {"train" and "val": (files, labels int64 [N])}, and lines to tell.
+    Raises BadInput where there is no set, or more than one.
+    """
+    images, others, told, splits = defaultdict(list), defaultdict(list), [], {}  # "a/b/" -> files in it
+    for name in names:
+        *parts, file = name.replace("\\", "/").split("/")  # Windows writes such .zips
+        if not any(part[:1] in ("", ".") or part in ("__MACOSX", "Labels.json") for part in (*parts, file)):
+            known = os.path.splitext(file)[1].lower() in SUFFIXES
+            (images if known else others)["".join(f"{part}/" for part in parts)].append(name)
+    train, val = find_classes(path, images, others)
+    if not val:
+        told = [f"no validation images in class folders: {fraction:.0%} of each class are kept for it"]
+        train, val = divide(train, fraction).values()
+    if alone := ", ".join(sorted(train.keys() ^ val.keys())):
+        told = [
+            f"only in train or only in val, so left out (name the folder of train alone to keep it): {alone}"
+        ]
+    classes = sorted(train.keys() & val.keys())
+    for split, found in (("train", train), ("val", val)):
+        labels = np.repeat(np.arange(len(classes)), [len(found[label]) for label in classes])
+        splits[split] = [name for label in classes for name in found[label]], labels
+    if left := left_out(images, others, {*splits["train"][0], *splits["val"][0]}):
+        told.append(f"left out: {left}")
+    return [printable(label) for label in classes], splits, told
+
+
+def find_classes(path: Path, images: dict[str, list], others: dict[str, list]) -> tuple[dict, dict]:
+    """{class: files} to train and to validate on, the second {} where none has classes. Raises BadInput."""
+    sets = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))  # of a folder, a split, a class
+    ranked = defaultdict(list)
+    for folder, files in images.items():
+        if match := LAYOUT.fullmatch(folder):
+            sets[match[1]][match[2][:2].lower()][match[3]] += files
+        for part in re.finditer("[^/]+/", folder):
+            if folder[: part.end()] in images:
+                sets[folder[: part.start()]][""][part[0][:-1]] += files
+    for folder, found in sets.items():
+        train, depth = found["tr"], folder.count("/")
+        val = next((found[split] for split in ("va", "te") if found[split].keys() & train.keys()), {})
+        many = {label: files for label, files in (train or found[""]).items() if len(files) > 1}
+        if len(train.keys() & val.keys()) > 1:
+            ranked[0, depth].append((folder, train, val))
+        elif len(many) > 1 and not all(re.fullmatch(SPLIT, f"{label}/", re.IGNORECASE) for label in many):
+            ranked[0 if train else 1, depth].append((folder, many, {}))
+    tops = ranked[min(ranked, default=0)]
+    if len(tops) != 1:
+        found = ", ".join(top[0] for top in tops) or left_out(images, others, set()) or "no files"
+        raise BadInput(
+            f"{path}: expected one set of two or more classes, train/<class>/ with val/<class>/ or "
+            f"test/<class>/, or a folder for each; found {printable(found)}; name the folder of one set"
+        )
+    return tops[0][1:]
+
+
+def divide(classes: dict[str, list[str]], fraction: float) -> dict[str, dict[str, list[str]]]:
+    """Sets a fraction of every class aside, evenly spread: the first image always, the second never."""
+    splits: dict[str, dict[str, list[str]]] = {"train": {}, "val": {}}
+    share = round(1000 * fraction)
+    for label, files in classes.items():
+        for place, name in enumerate(files):
+            split = "val" if place * share % 1000 < share else "train"
+            splits[split].setdefault(label, []).append(name)
+    return splits
+
+
+def left_out(images: dict[str, list], others: dict[str, list], used: set[str]) -> str:
+    """Counts what is not used: images by folder, other files by suffix."""
+    counts = Counter()
+    for folder, files in images.items():
+        counts[f"images in {folder or 'no folder'}"] = sum(name not in used for name in files)
+    for folder in filter(None, others):
+        counts.update(os.path.splitext(name)[1].lower() or "without suffix" for name in others[folder])
+    parts = [f"{count:,} {what}" for what, count in (+counts).most_common()]
+    return ", ".join(parts[:8] + ["..."] * (len(parts) > 8))
+
+
+def printable(text: str) -> str:
+    """A name from a disk, with escapes for bytes that are no text."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def read_file(root: Path | zipfile.ZipFile, name: str) -> bytes:
+    """A file's bytes. What is damaged, missing or too large may raise anything."""
+    with root.open(name) if isinstance(root, zipfile.ZipFile) else (root / name).open("rb") as file:
+        raw = file.read(LARGEST_FILE + 1)
+    if len(raw) > LARGEST_FILE:
+        raise ValueError(f"more than {LARGEST_FILE:,} bytes")
+    return raw
+
+
+def open_image(raw: bytes) -> Image.Image:
+    """A picture, upright, from a file's bytes; a JPEG's are not yet decoded. Damage may raise anything."""
+    image = Image.open(io.BytesIO(raw), formats=sorted(set(SUFFIXES.values())))
+    if image.getexif().get(0x112, 1) != 1:  # EXIF's orientation
+        image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":  # grey of more than 8 bits, of which often 10 or 12 are used
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+        values -= min(0, values.min())
+        bits = max(0 if image.mode == "F" else 8, math.ceil(math.log2(values.max() or 1)))
+        image = Image.fromarray((values * (255 / 2.0**bits)).astype(np.uint8))
+    return image
+
+
 # %% Folders of images [markdown]
 # ### Folders of images
 #
-# `train/<class>/` and `val/<class>/` (or `test/`), unpacked or in one `.zip`, which is read where it lies.
 # Pictures of any size are decoded once, in threads, shrunk with the short side to 32 pixels and cut in the
 # middle. Real folders hold a broken file now and then: up to 1 % is skipped and listed.
 
 # %% Folders of images tags=["fold"]
 # @title Folders of images
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-IMAGE_NAME = re.compile(r"((?!__MACOSX)[^/.][^/]*/)?(train|val|test)/([^/.][^/]*)/(?!\.)[^/]*")
-LARGEST_FILE = 64 << 20  # bytes; what is larger is cut off there, and so unreadable
+VALIDATION = 0.2  # of each class, where no other images are for it
 
 
-def image_files(path: Path) -> tuple[list[str], list[tuple[str, str, str]]]:
-    """List the classes and the images, as (split, class, name), of a folder or .zip; top or one folder deep.
-
-    The splits are "train" and "val", which may be called "test". Raises one of DAMAGE.
-    """
-    if path.is_dir():
-        names = [name for each in ("*/*/", "*/*/*") for name in glob.glob(each, root_dir=path)]
-    else:
-        names = zipfile.Path(path).root.namelist()
-    matches = [(IMAGE_NAME.fullmatch(name.replace(os.sep, "/")), name) for name in names]
-    found = [(*match.groups(""), name) for match, name in matches if match]  # folder, split, class, name
-    top = min((folder for folder, split, *_ in found if split == "train"), default="")
-    val = "val" if any(parts[:2] == (top, "val") for parts in found) else "test"
-    splits = {(top, "train"): "train", (top, val): "val"}
-    files = sorted((splits[parts[:2]], *parts[2:]) for parts in found if parts[:2] in splits)
-    images = [file for file in files if file[2].lower().endswith(IMAGE_SUFFIXES)]
-    return sorted({label for _, label, _ in files}), images
-
-
-def decode(file: BinaryIO) -> np.ndarray:
-    """Decode the centre of an image of any size and colour: uint8 [32, 32, 3]. Raises one of DAMAGE."""
-    image = Image.open(io.BytesIO(file.read(LARGEST_FILE)))
-    image.draft("RGB", (2 * IMAGE_SIZE, 2 * IMAGE_SIZE))  # decodes a large JPEG at a fraction of its size
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip
-        image = image.point(lambda value: value / 256).convert("L")
+def decode(raw: bytes) -> np.ndarray:
+    """Decode the centre of an image of any size and colour: uint8 [32, 32, 3]. Damage may raise anything."""
+    image = open_image(raw)
+    image.draft(None, (2 * IMAGE_SIZE, 2 * IMAGE_SIZE))  # decodes a large JPEG at a fraction of its size
     return np.asarray(ImageOps.fit(image.convert("RGB"), (IMAGE_SIZE, IMAGE_SIZE)))
 
 
-def decode_all(path: Path, names: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
+def decode_all(path: Path, names: list[str]) -> tuple[np.ndarray, dict[int, str]]:
     """Decode files of a folder or .zip, in threads: uint8 [N, 32, 32, 3], and {index: why it is lost}."""
     images, lost = np.zeros((len(names), IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8), {}
-    root = zipfile.Path(path) if path.is_file() else path
+    root = zipfile.ZipFile(path) if path.is_file() else path
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of broken EXIF and its like
 
     def work(index: int) -> None:
         try:
-            with (root / names[index]).open("rb") as file:
-                images[index] = decode(file)
-        except DAMAGE as error:
-            lost[index] = f"{names[index]}: {one_line(error).partition(' <')[0]}"  # no address in memory
+            images[index] = decode(read_file(root, names[index]))
+        except Exception as error:  # a damaged file can break a decoder in any way
+            lost[index] = reason(names[index], error)
 
+    hidden = None if kernel() is None else False  # a notebook is no terminal, but it shows a bar
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(tqdm(pool.map(work, range(len(names))), "decoding", len(names), leave=False, disable=None))
+        list(tqdm(pool.map(work, range(len(names))), "decoding", len(names), leave=False, disable=hidden))
     return images, dict(sorted(lost.items()))
 
 
-def read_images(path: Path, settings: Settings) -> ImageData:
+def read_images(path: Path, settings: Settings, say: Callable[[str], None]) -> ImageData:
     """Read class folders, or a .zip of them.
 
     Raises BadInput where a class has no image in a split, or over 1 % cannot be decoded.
     """
-    classes, files = image_files(path)
-    folders = {(split, label) for split in ("train", "val") for label in classes}
-    empty = ["/".join(folder) for folder in sorted(folders - {file[:2] for file in files})]
-    if len(classes) < 2 or empty:
+    classes, splits, told = find_layout(path, names_in(path), VALIDATION)
+    for line in told:
+        say(f"{path}: {line}")
+    (train_names, train_labels), (val_names, val_labels) = splits.values()
+    rows = np.arange(len(train_names))[balanced_subset(train_labels, settings.train_size, len(classes))]
+    names = [train_names[row] for row in rows] + val_names
+    labels = np.r_[train_labels[rows], val_labels]
+    images, lost = decode_all(path, names)
+    kept = np.delete(np.arange(len(names)), list(lost))
+    train, val = kept[kept < len(rows)], kept[kept >= len(rows)]
+    if len(lost) > 0.01 * len(names) or min(len(set(labels[part])) for part in (train, val)) < len(classes):
         raise BadInput(
-            f"{path}: {len(classes)} classes, without images {', '.join(empty[:5]) or 'none'}; expected two "
-            f"or more classes, and images of each in train/<class>/ and in val/<class>/ or test/<class>/"
-        )
-    table = np.array(files)  # split, class, name
-    labels, count = np.searchsorted(classes, table[:, 1]), np.count_nonzero(table[:, 0] == "train")
-    rows = np.arange(count)[balanced_subset(labels[:count], settings.train_size, len(classes))]
-    rows = np.r_[rows, count : len(files)]
-    images, lost = decode_all(path, table[rows, 2])
-    labels, kept = labels[rows], np.delete(np.arange(len(rows)), list(lost))
-    train, val = kept[rows[kept] < count], kept[rows[kept] >= count]
-    if len(lost) > 0.01 * len(rows) or min(len(set(labels[part])) for part in (train, val)) < len(classes):
-        raise BadInput(
-            f"{path}: {len(lost)} of {len(rows)} images are unreadable, expected at most 1 %, and not all of "
-            f"a class; replace or remove them (the first is {next(iter(lost.values()))})"
+            f"{path}: {len(lost)} of {len(names)} images are unreadable, expected at most 1 %, not all of a "
+            f"class; replace them, or name a copy without them (the first is {next(iter(lost.values()))})"
         )
     arrays = images[train], labels[train], images[val], labels[val]
     return ImageData(path.stem, False, classes, *arrays, source=str(path), unreadable=list(lost.values()))
@@ -1995,8 +2114,8 @@ PROBE_SECONDS = 3.0
 STALL_SECONDS = 20.0  # of silence, which end a download
 
 
-def recognise(path: Path, standard: bool) -> tuple[Callable[[Path, Settings], ImageData], Path] | None:
-    """How the data at `path` are read, and from where; None where no known form lies there, or no whole one.
+def recognise(path: Path, standard: bool) -> tuple[Callable, Path] | None:
+    """How the data at `path` are read, and from where; None where it is no CIFAR-10, or no whole one.
 
     `standard` takes CIFAR-10 only, told by its md5 or by its classes. Raises one of DAMAGE.
     """
@@ -2005,9 +2124,11 @@ def recognise(path: Path, standard: bool) -> tuple[Callable[[Path, Settings], Im
     whole = all(check_integrity(batches / name, md5) for name, md5 in CIFAR10.train_list + CIFAR10.test_list)
     if whole or check_integrity(archive, CIFAR10.tgz_md5):
         return read_official, root
-    classes = image_files(path)[0] if path.is_file() else [f.name for f in (path / "train").glob("*/")]
-    known = sorted(classes) == CIFAR10_CLASSES if standard else len(classes) > 0
-    return (read_images, path) if known else None
+    if not standard:
+        return None if batches.exists() or archive.exists() else (read_images, path)
+    zipped = path.is_file() and find_layout(path, names_in(path), VALIDATION)[0]
+    classes = zipped or sorted(folder.name for folder in (path / "train").glob("*/"))
+    return (read_images, path) if classes == CIFAR10_CLASSES else None
 
 
 def download(folder: Path, say: Callable[[str], None]) -> bool:
@@ -2020,7 +2141,7 @@ def download(folder: Path, say: Callable[[str], None]) -> bool:
         socket.setdefaulttimeout(STALL_SECONDS)  # torchvision itself waits for ever
         download_and_extract_archive(CIFAR10_URL, folder, filename=CIFAR10.filename, md5=CIFAR10.tgz_md5)
     except (*DAMAGE, http.client.HTTPException, futures.TimeoutError) as error:
-        say(f"CIFAR-10 could not be downloaded from {CIFAR10_URL} to {folder}: {one_line(error)}")
+        say(f"CIFAR-10 could not be downloaded: {one_line(error)[:50]}")
         return False
     finally:
         socket.setdefaulttimeout(usual)
@@ -2034,11 +2155,12 @@ def load_data(settings: Settings, say: Callable[[str], None]) -> ImageData:
     """
     if settings.data == "shapes":
         return drawn(settings.train_size)
+    settings = settings if settings.data_dir else fill_defaults(settings)
     path, folder = (Path(os.path.abspath(os.path.expanduser(n))) for n in (settings.data, settings.data_dir))
     standard = settings.data in ("auto", "cifar10")
     places = [folder, KAGGLE_INPUT] if standard else [path]
-    answers = (search(place, lambda place: recognise(place, standard), "cifar") for place in places)
-    found = next(filter(None, answers), None)
+    answers = (search(place, lambda place: recognise(place, True), "cifar") for place in places)
+    found = next(filter(None, answers), None) if standard else recognise(path, False)
     if not found and standard and download(folder, say):
         found = read_official, folder
     if not found:
@@ -2049,15 +2171,32 @@ def load_data(settings: Settings, say: Callable[[str], None]) -> ImageData:
         )
         if settings.data != "auto":
             raise BadInput(f"--data {settings.data}: {missing}")
-        say(f"NO CIFAR-10, going on with SYNTHETIC `shapes`: {missing}")
+        say("NO CIFAR-10, so SYNTHETIC `shapes`, drawn images (--data cifar10 tells where it was looked for)")
         return drawn(settings.train_size)
     reader, place = found
     try:
-        data = reader(place, settings)
-    except OSError as error:
-        raise BadInput(f"{place}: {one_line(error)}; check it, and rights and space in {folder}") from error
+        data = reader(place, settings, say)
+    except BadInput:
+        raise
+    except DAMAGE as error:
+        expected = (
+            "expected a folder or a whole .zip; correct the path, unpack another archive and name its folder"
+        )
+        raise BadInput(f"{place}: {one_line(error)}, {expected}, or make room in {folder}") from error
     data.name = "cifar10" if standard else data.name
     return data
+
+
+# %% One picture tags=["fold"]
+# @title One picture
+def view_side(settings: Settings) -> int:
+    """Pixels, the side of what the model sees."""
+    return IMAGE_SIZE
+
+
+def read_view(raw: bytes, side: int) -> np.ndarray:
+    """What the model sees of a picture, from a file's bytes: uint8 [side, side, 3]. Raises one of DAMAGE."""
+    return decode(raw)
 
 
 # %% Pick a balanced subset tags=["shared", "fold"]
@@ -2091,6 +2230,11 @@ DAMAGE += (struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile, Image.D
 def one_line(error: Exception) -> str:
     """An error's own words on one line, since bad input gets one sentence."""
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def reason(name: str, error: Exception) -> str:
+    """Why a file is left out, less an address in memory: the same file is the same line."""
+    return printable(f"{name}: {one_line(error).partition(' <')[0]}")
 
 
 def drawn(size: int) -> ImageData:
@@ -2816,6 +2960,9 @@ def print_table(bar: bool = True, say: Callable[[str], None] = tqdm.write) -> Ca
 
 # %% Flags tags=["shared", "fold"]
 # @title Flags
+EPILOG = "--predict PATH ... trains nothing: it classifies pictures by the model of the run in --out"
+
+
 class Flags(argparse.ArgumentParser):
     """A command line whose complaints are one sentence."""
 
@@ -2847,7 +2994,7 @@ def parse(settings: ASTConfig, arguments: list[str], environment: dict[str, str]
     Raises BadInput for unknown flags and variables, and for values that cannot be.
     """
     items, values = {item.name: item for item in fields(settings)}, {}
-    parser = Flags(prog=f"{PROGRAM}.py", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = Flags(f"{PROGRAM}.py", epilog=EPILOG, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for name, item in items.items():
         shown = getattr(settings, name)
         text = f"{item.metadata['help']} (default: {'auto' if shown is None else shown})".replace("%", "%%")
@@ -2971,7 +3118,8 @@ class Run:
 
     def execute(self) -> dict:
         """Trains what is not finished yet and returns the summary."""
-        self.say(f"{describe(self.data)}, in batches of {self.settings.batch_size}")
+        words = f"{describe(self.data)}, in batches of {self.settings.batch_size}"
+        self.say(textwrap.fill(words, 80, subsequent_indent="  ", break_long_words=False))
         stored = load_checkpoint(self.out / "checkpoints", self.say) if self.settings.resume else None
         if stored:
             self.take_up(stored)
@@ -2985,7 +3133,8 @@ class Run:
         done = [(run["policy"], run["seed"]) for run in self.finished]
         work = {name: (len(self.planned(name)), sum(self.planned(name))) for name in self.policies}
         for listener in self.listeners:
-            listener("plan", {"work": work, "seeds": self.seeds, "done": done})
+            plan = {"work": work, "seeds": self.seeds, "done": done, "synthetic": self.data.synthetic}
+            listener("plan", plan)
         for seed, policy in itertools.product(self.seeds, self.policies):
             if (policy, seed) not in done and (stored or not self.controls.stopping()):
                 self.train(policy, seed, stored)
@@ -3041,8 +3190,8 @@ class Run:
             restore(trainer, stored["trainer"])
         result = trainer.train()
         if (policy, seed) == (self.policies[0], self.seeds[0]):
-            weights = {name: value.cpu() for name, value in trainer.model.state_dict().items()}
-            write_by(self.out / "model.pt", functools.partial(torch.save, weights))
+            model = portable(self.settings, self.data.classes, trainer.model)
+            write_by(self.out / "model.pt", functools.partial(torch.save, model))
             times = {"times_activated": trainer.times_activated.numpy()}
             write_by(self.out / "samples.npz", lambda file: np.savez_compressed(file, **times))
         if result["complete"]:
@@ -3262,7 +3411,7 @@ def saving(summary: dict) -> list[str]:
     """What was saved against full training, as measured, and what other counts would say and why."""
     m, first = summary["measured"], next(iter(summary["policies"]), "ast")
     if m["speedup_vs_full"] is None:
-        return ["no full run beside it (--compare full), so what is saved was not measured"]
+        return ["no whole full run beside it (--compare full), so what is saved was not measured"]
     mine, full = summary["policies"][first], summary["policies"]["full"]
     flops, points = m["flops_saved_percent_vs_full"], m["accuracy_minus_full"]
     time, whole = (100 * (1 - 1 / m[key]) for key in ("speedup_vs_full", "total_speedup_vs_full"))
@@ -3314,6 +3463,150 @@ def report(summary: dict) -> str:
     if not summary["complete"]:
         lines.append(f"stopped by {summary['stopped_by']}: go on with --resume (or settings.resume = True)")
     return "\n".join(["", *table_of(summary["policies"]), "", *lines])
+
+
+# %% Prediction [markdown] tags=["shared"]
+# ### Prediction
+#
+# `model.pt` is all it takes to use the model, here or in another program: the weights, the model that they
+# belong to, the classes in the order of its outputs, and how a picture becomes its input.
+
+
+# %% Prediction tags=["shared", "fold"]
+# @title Prediction
+def portable(settings: ASTConfig, classes: Sequence[str], model: nn.Module) -> dict:
+    """What `model.pt` holds. Mean and std are those of red, green and blue, from 0 to 255."""
+    return {
+        "program": PROGRAM,
+        "model": settings.model,
+        "classes": list(map(str, classes)),
+        "image_size": view_side(settings),
+        "mean": PIXEL_MEAN,
+        "std": PIXEL_STD,
+        "state_dict": {name: value.cpu() for name, value in model.state_dict().items()},
+    }
+
+
+def load_model(chosen: ASTConfig) -> tuple[nn.Module, dict]:
+    """The model of the run in `chosen.out`, ready to predict, and all that its `model.pt` holds.
+
+    Raises BadInput where there is none, or it is not this program's.
+    """
+    path = Path(chosen.out) / "model.pt"
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved.get("program") != PROGRAM:
+            raise ValueError(f"written by {saved.get('program', 'another program')}")
+        model = bare_model(saved["model"], len(saved["classes"]), saved["image_size"])
+        model.load_state_dict(saved["state_dict"])
+    except (*DAMAGE, AttributeError, pickle.UnpicklingError) as error:
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2]  # before it torch advises to trust it
+        raise BadInput(
+            f"{path}: {reason[:200]}; expected program, model, classes, image_size and state_dict, as a "
+            f"run of {PROGRAM}.py leaves them; name the folder of such a run with --out"
+        ) from error
+    return model.to(chosen.device).eval(), saved
+
+
+@torch.no_grad()
+def predict(*paths: str, chosen: ASTConfig | None = None, controls: Controls | None = None) -> None:
+    """Prints the five likeliest classes of a picture, and in a notebook shows it as the model sees it. For a
+    folder, or several paths, writes predictions.csv: file, likeliest class, its probability.
+
+    chosen: settings whose `out` holds the model; the program's if None. Raises BadInput.
+    """
+    if not any(paths):
+        return print("no picture: write its path between the quotes")
+    chosen = fill_defaults(chosen or settings)
+    model, saved = load_model(chosen)
+    places, rows, lost = [Path(path) for path in paths], [], []
+    inside = [sorted(place.rglob("[!.]*")) if place.is_dir() else [place] for place in places]
+    files = [file for file in itertools.chain(*inside) if not file.is_dir()]
+    for file in tqdm(files, "predicting", leave=False, disable=None):
+        if controls and controls.stop:
+            break
+        try:
+            view = read_view(file.read_bytes(), saved["image_size"])
+        except Exception as error:  # a damaged file can break a decoder in any way
+            lost.append(f"{file}: {one_line(error).partition(' <')[0]}")  # less an address in memory
+            continue
+        images = torch.tensor(view, device=chosen.device)[None]
+        chances = model(plain_view(images, None))[0].softmax(0)
+        label, name = int(chances.argmax()), file.relative_to(places[0]) if len(places) == 1 else file
+        rows.append((name.as_posix(), saved["classes"][label], round(float(chances[label]), 4)))
+    if not rows:
+        reason = lost[0] if lost else f"{paths[0]}: no file in it"
+        raise BadInput(f"{reason}; expected a picture, or a folder of pictures; name another")
+    if files == places[:1] == places:
+        if kernel() is not None:
+            from IPython.display import display
+
+            display(Image.fromarray(view).resize((224, 224)))
+        for label in chances.argsort(descending=True)[:5].tolist():
+            print(f"{100 * chances[label]:5.1f} %  {saved['classes'][label]}")
+        return
+    out = Path(chosen.out if os.access(chosen.out, os.W_OK) else "") / "predictions.csv"
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([("file", "class", "probability"), *rows])
+    write_whole(out, text.getvalue().encode(errors="surrogateescape"))
+    print(f"{len(rows)} of {len(files)} files: {out}")
+    for line in lost:
+        print(f"left out: {line}", file=sys.stderr)
+
+
+@torch.no_grad()
+def show_mistakes(chosen: ASTConfig, data: ImageData) -> None:
+    """Each class of the validation set: what the model in `chosen.out` takes it for, how often it is right,
+    and how often the gate chose it; then the images that it is surest to get wrong, and right.
+
+    Raises BadInput where the model is of other classes than the data.
+    """
+    model, saved = load_model(chosen)
+    if saved["classes"] != data.classes:
+        raise BadInput(f"{chosen.out}: expected a model of the data's {len(data.classes)} classes; train one")
+    source = sources(chosen, data, torch.device(chosen.device))[1]
+    parts = [(model(views).softmax(1).cpu(), labels.cpu()) for views, labels in source.in_order()]
+    chances, labels = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
+    found, names = chances.argmax(1), [name[:12] for name in data.classes]
+    show_classes(labels, found, names, mean_times(Path(chosen.out), data))
+    readable = np.setdiff1d(np.arange(len(source)), list(source.unreadable))
+    order, rows = np.argsort(chances[np.arange(len(labels)), labels]), {}
+    for word, which in (("lowest", order[:10]), ("highest", order[:-11:-1])):
+        title = f"Validation images of the {word} probability of their label: label, likeliest class"
+        captions = [
+            f"{names[labels[i]]}\n{names[found[i]][:8]} {100 * chances[i].max():.0f} %" for i in which
+        ]
+        rows[title] = data.val_images[readable[which]], captions, np.zeros(len(which), bool)
+    show_images(rows)
+
+
+def show_classes(labels: np.ndarray, found: np.ndarray, names: list[str], times: np.ndarray) -> None:
+    """What each class (a row) is taken for, its accuracy, and how often an image of it was chosen."""
+    counts = np.bincount(labels * len(names) + found, minlength=len(names) ** 2).reshape(2 * [len(names)])
+    shares, rows = 100 * counts / counts.sum(1, keepdims=True).clip(1), np.arange(len(names))
+    with drawing():
+        figure = Figure(figsize=(9.8, 4.8), layout="constrained")
+        taken, right, chosen = figure.subplots(1, 3, sharey=True, width_ratios=(2, 1, 1))
+        taken.imshow(shares, cmap="Oranges", vmin=0, aspect="auto")
+        taken.set(title="What each class is taken for (darker: more often)", ylabel="label")
+        taken.grid(False)
+        right.barh(rows, shares.diagonal(), color="#666666")
+        right.set(title="Accuracy (%)", xlim=(0, 100))
+        chosen.barh(rows, times, color=COLOURS["ast"])
+        chosen.set(title="Times an image was chosen")
+        if len(names) <= 20:
+            taken.set_xticks(rows, names, rotation=90)
+            taken.set_yticks(rows, names)
+        show_png(png_of(figure))
+
+
+def mean_times(out: Path, data: ImageData) -> np.ndarray:
+    """How often a gate chose an image of each class, float64 [classes], in the run whose folder is `out`."""
+    times, labels = np.load(out / "samples.npz")["times_activated"], data.train_labels
+    if len(times) != len(labels):
+        found = f"{len(labels)} samples"
+        raise BadInput(f"{found}: expected the run's {len(times)}; call prepare(settings) again")
+    return np.bincount(labels, times) / np.bincount(labels).clip(1)
 
 
 # %% From settings to results tags=["shared", "fold"]
@@ -3440,8 +3733,14 @@ def main() -> int:
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):  # Windows has no SIGHUP
             signal.signal(getattr(signal, name), stop)
+    parser = Flags(add_help=False, allow_abbrev=False)
+    parser.add_argument("--predict", nargs="+", default=[])
     try:
-        run(settings, sys.argv[1:], controls=controls)
+        asked, arguments = parser.parse_known_args(sys.argv[1:])
+        if asked.predict:
+            predict(*asked.predict, chosen=settings_for_run(settings, arguments), controls=controls)
+        else:
+            run(settings, arguments, controls=controls)
     except BadInput as error:
         print(error, file=sys.stderr)
         return 2
@@ -3540,13 +3839,15 @@ class History:
 class Histories:
     """The histories of a session: a listener in the worker, read by the notebook's thread."""
 
-    def __init__(self, title: str = ""):
-        self.title, self.progress = title, Progress()  # title: of pictures
+    def __init__(self):
+        self.title, self.progress = "", Progress()  # title: of pictures
         self.runs: list[History] = []  # the newest last
 
     def __call__(self, event: str, data: dict) -> None:
         self.progress(event, data)
-        if event == "start":
+        if event == "plan":
+            self.title = "SYNTHETIC images" if data["synthetic"] else ""
+        elif event == "start":
             names = ("policy", "seed", "epochs", "rows", "changes")
             self.runs.append(History(*(data[name] for name in names)))
         elif event == "chunk":
@@ -3899,8 +4200,7 @@ async def run_live(settings: ASTConfig, data: ImageData | None = None, panel: ob
     """
     if any(thread.name == Worker.NAME for thread in threading.enumerate()):
         raise BadInput("another run in this notebook: expected none; wait until it has saved, then run again")
-    controls, lines = Controls(), queue.SimpleQueue()
-    histories = Histories("SYNTHETIC images" if data and data.synthetic else "")
+    controls, lines, histories = Controls(), queue.SimpleQueue(), Histories()
     settled = settings_for_run(settings)
     dashboard = live = Dashboard(panel, histories, controls, settled) if widgets_serve() else None
     if dashboard:
@@ -4063,13 +4363,9 @@ def show_chosen(summary: dict, data: ImageData) -> None:
     """
     path, labels, names = Path(summary["out"]) / "samples.npz", data.train_labels, data.classes
     times = np.load(path)["times_activated"] if path.exists() else np.zeros(len(labels), np.int16)
-    if len(times) != len(labels):
-        raise BadInput(
-            f"{len(labels)} samples: expected the run's {len(times)}; call prepare(settings) again"
-        )
     if not times.any():
         return print("no epoch with a gate was begun, so nothing was chosen")
-    means = np.bincount(labels, times) / np.bincount(labels).clip(1)
+    means = mean_times(path.parent, data)
     order, rows = np.argsort(means)[::-1], {}
     for word, classes, count in (("most", order[:5], times.max()), ("least", order[-5:], times.min())):
         print(f"classes chosen {word}:", ", ".join(f"{names[c]} {means[c]:.1f} times" for c in classes))
@@ -4137,3 +4433,21 @@ if __name__ == "__main__":
 
 # %% What was chosen tags=["shared", "active-ipynb"]
 # show_chosen(summary, data)
+
+# %% What it gets wrong [markdown] tags=["shared"]
+# ### What it gets wrong
+#
+# See which classes the model takes for one another, that the gate came back most to those it gets wrong, and
+# where the label rather than the model is wrong. It is the model of the run's first policy and seed.
+
+# %% What it gets wrong tags=["shared", "active-ipynb"]
+# show_mistakes(settings, data)
+
+# %% Your own picture [markdown] tags=["shared"]
+# ## Your own picture
+#
+# Write the path of a picture between the quotes, and see it with its five likeliest classes. A folder gives
+# `predictions.csv` among the results.
+
+# %% Your own picture tags=["shared", "active-ipynb"]
+# predict("")

@@ -90,6 +90,7 @@ import argparse
 import asyncio
 import contextlib
 import copy
+import csv
 import ctypes
 import functools
 import hashlib
@@ -116,7 +117,7 @@ import time
 import warnings
 import zipfile
 import zlib
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -1662,7 +1663,11 @@ def write_by(path: Path, writer: Callable[[BinaryIO], None]) -> None:
             writer(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(draft, path)
+        try:
+            os.replace(draft, path)
+        except (FileExistsError, PermissionError):  # a mounted drive may not rename over what is there
+            path.unlink()
+            os.rename(draft, path)
     except OSError as error:
         with contextlib.suppress(OSError):
             draft.unlink()
@@ -1711,13 +1716,15 @@ def load_checkpoint(folder: Path, say: Callable[[str], None]) -> dict | None:
 
 
 # %% The model
-def build_model(settings: Settings, data: ImageData, say: Callable = lambda line: None) -> nn.Module:
+def build_model(settings: Settings, data: ImageData | int, say: Callable = lambda line: None) -> nn.Module:
     """The model and weights that the settings name, from views [B, 3, S, S] to logits [B, classes].
 
-    say: told what of it begins anew. With `probe_first` the last layer is the linear probe's. Raises
-    BadInput for weights that are not there or belong to another model, and sizes that the model cannot take.
+    data: or a number of classes. say: told what of it begins anew. With `probe_first` the last layer is the
+    linear probe's, and needs the data. Raises BadInput for weights that are not there or belong to another
+    model, and sizes that the model cannot take.
     """
-    model, new = bare_model(settings, len(data.classes)), []
+    classes = data if isinstance(data, int) else len(data.classes)
+    model, new = bare_model(settings.model, classes, settings.image_size), []
     if settings.weights != "none":
         new = load_weights(settings, model)
     say(f"weights: {settings.weights}" + (f"; begun anew: {', '.join(new)}" if new else ""))
@@ -1869,6 +1876,149 @@ class ImageData:
     heads: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of linear probes
 
 
+# %% Layouts [markdown] tags=["shared"]
+# ### Layouts
+#
+# Folders of images come in many forms: `train/<class>/` with `val/`, `valid/` or `test/`; one folder a class
+# and no validation images; Kaggle's `ambityga/imagenet100` in parts, `train.X1` to `train.X4`, of 25 classes
+# each. All of it may lie some folders deeper than you think, or in a `.zip`. One listing reads it where it
+# lies, and tells what it leaves out.
+
+# %% Layouts tags=["shared", "fold"]
+# @title Layouts
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+SUFFIXES = {suffix: form for suffix, form in Image.registered_extensions().items() if form in FORMATS}
+LARGEST_FILE = 64 << 20  # bytes
+SPLIT = r"(train|training|val|valid|validation|test|testing)(?:\.X[^/]*)?/"
+LAYOUT = re.compile(rf"((?:[^/]+/)*?)(?:{SPLIT})+([^/]+)/.*", re.IGNORECASE)  # folder, split, class
+
+
+def names_in(root: Path) -> list[str]:
+    """The files below `root`, a folder or a .zip, sorted; links are followed. Raises one of DAMAGE."""
+    names, faults, above = [], [], {str(root): ()}
+    if not root.is_dir():
+        with zipfile.ZipFile(root) as archive:
+            return sorted(archive.namelist())
+    for place, folders, files in os.walk(root, onerror=faults.append, followlinks=True):
+        way = *above.pop(place), os.path.realpath(place)
+        if way[-1] in way[:-1]:  # a link led back
+            folders.clear()
+            continue
+        above |= {os.path.join(place, folder): way for folder in folders}
+        parts = Path(place).relative_to(root).parts
+        names += ["/".join((*parts, name)) for name in files]
+    if faults:
+        raise faults[0]
+    return sorted(names)
+
+
+def find_layout(path: Path, names: list[str], fraction: float) -> tuple[list[str], dict, list[str]]:
+    """Reads classes and splits out of `names`, the files below `path`; the topmost set counts.
+
+    A class is a folder with all that lies in it. A fraction of each is set aside where no validation images
+    have classes. Returns the classes, {"train" and "val": (files, labels int64 [N])}, and lines to tell.
+    Raises BadInput where there is no set, or more than one.
+    """
+    images, others, told, splits = defaultdict(list), defaultdict(list), [], {}  # "a/b/" -> files in it
+    for name in names:
+        *parts, file = name.replace("\\", "/").split("/")  # Windows writes such .zips
+        if not any(part[:1] in ("", ".") or part in ("__MACOSX", "Labels.json") for part in (*parts, file)):
+            known = os.path.splitext(file)[1].lower() in SUFFIXES
+            (images if known else others)["".join(f"{part}/" for part in parts)].append(name)
+    train, val = find_classes(path, images, others)
+    if not val:
+        told = [f"no validation images in class folders: {fraction:.0%} of each class are kept for it"]
+        train, val = divide(train, fraction).values()
+    if alone := ", ".join(sorted(train.keys() ^ val.keys())):
+        told = [
+            f"only in train or only in val, so left out (name the folder of train alone to keep it): {alone}"
+        ]
+    classes = sorted(train.keys() & val.keys())
+    for split, found in (("train", train), ("val", val)):
+        labels = np.repeat(np.arange(len(classes)), [len(found[label]) for label in classes])
+        splits[split] = [name for label in classes for name in found[label]], labels
+    if left := left_out(images, others, {*splits["train"][0], *splits["val"][0]}):
+        told.append(f"left out: {left}")
+    return [printable(label) for label in classes], splits, told
+
+
+def find_classes(path: Path, images: dict[str, list], others: dict[str, list]) -> tuple[dict, dict]:
+    """{class: files} to train and to validate on, the second {} where none has classes. Raises BadInput."""
+    sets = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))  # of a folder, a split, a class
+    ranked = defaultdict(list)
+    for folder, files in images.items():
+        if match := LAYOUT.fullmatch(folder):
+            sets[match[1]][match[2][:2].lower()][match[3]] += files
+        for part in re.finditer("[^/]+/", folder):
+            if folder[: part.end()] in images:
+                sets[folder[: part.start()]][""][part[0][:-1]] += files
+    for folder, found in sets.items():
+        train, depth = found["tr"], folder.count("/")
+        val = next((found[split] for split in ("va", "te") if found[split].keys() & train.keys()), {})
+        many = {label: files for label, files in (train or found[""]).items() if len(files) > 1}
+        if len(train.keys() & val.keys()) > 1:
+            ranked[0, depth].append((folder, train, val))
+        elif len(many) > 1 and not all(re.fullmatch(SPLIT, f"{label}/", re.IGNORECASE) for label in many):
+            ranked[0 if train else 1, depth].append((folder, many, {}))
+    tops = ranked[min(ranked, default=0)]
+    if len(tops) != 1:
+        found = ", ".join(top[0] for top in tops) or left_out(images, others, set()) or "no files"
+        raise BadInput(
+            f"{path}: expected one set of two or more classes, train/<class>/ with val/<class>/ or "
+            f"test/<class>/, or a folder for each; found {printable(found)}; name the folder of one set"
+        )
+    return tops[0][1:]
+
+
+def divide(classes: dict[str, list[str]], fraction: float) -> dict[str, dict[str, list[str]]]:
+    """Sets a fraction of every class aside, evenly spread: the first image always, the second never."""
+    splits: dict[str, dict[str, list[str]]] = {"train": {}, "val": {}}
+    share = round(1000 * fraction)
+    for label, files in classes.items():
+        for place, name in enumerate(files):
+            split = "val" if place * share % 1000 < share else "train"
+            splits[split].setdefault(label, []).append(name)
+    return splits
+
+
+def left_out(images: dict[str, list], others: dict[str, list], used: set[str]) -> str:
+    """Counts what is not used: images by folder, other files by suffix."""
+    counts = Counter()
+    for folder, files in images.items():
+        counts[f"images in {folder or 'no folder'}"] = sum(name not in used for name in files)
+    for folder in filter(None, others):
+        counts.update(os.path.splitext(name)[1].lower() or "without suffix" for name in others[folder])
+    parts = [f"{count:,} {what}" for what, count in (+counts).most_common()]
+    return ", ".join(parts[:8] + ["..."] * (len(parts) > 8))
+
+
+def printable(text: str) -> str:
+    """A name from a disk, with escapes for bytes that are no text."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def read_file(root: Path | zipfile.ZipFile, name: str) -> bytes:
+    """A file's bytes. What is damaged, missing or too large may raise anything."""
+    with root.open(name) if isinstance(root, zipfile.ZipFile) else (root / name).open("rb") as file:
+        raw = file.read(LARGEST_FILE + 1)
+    if len(raw) > LARGEST_FILE:
+        raise ValueError(f"more than {LARGEST_FILE:,} bytes")
+    return raw
+
+
+def open_image(raw: bytes) -> Image.Image:
+    """A picture, upright, from a file's bytes; a JPEG's are not yet decoded. Damage may raise anything."""
+    image = Image.open(io.BytesIO(raw), formats=sorted(set(SUFFIXES.values())))
+    if image.getexif().get(0x112, 1) != 1:  # EXIF's orientation
+        image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":  # grey of more than 8 bits, of which often 10 or 12 are used
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+        values -= min(0, values.min())
+        bits = max(0 if image.mode == "F" else 8, math.ceil(math.log2(values.max() or 1)))
+        image = Image.fromarray((values * (255 / 2.0**bits)).astype(np.uint8))
+    return image
+
+
 # %% Photographs [markdown]
 # ### Photographs
 #
@@ -1899,28 +2049,20 @@ def crop_box(width: int, height: int, draws: Sequence[float] = ()) -> tuple[floa
     return left, top, left + side, top + side
 
 
-def open_image(raw: bytes) -> Image.Image:
-    """A picture, upright, from a file's bytes; of a JPEG only the head is decoded. Raises one of DAMAGE."""
-    image = Image.open(io.BytesIO(raw), formats=("JPEG", "PNG", "WEBP", "GIF", "BMP"))
-    upright = image.getexif().get(0x112, 1) == 1  # EXIF's orientation
-    return image if upright else ImageOps.exif_transpose(image)
-
-
-def crop(image: Image.Image, side: int, draws: Sequence[float] = ()) -> np.ndarray:
-    """The part of a picture that `draws` choose, uint8 [side, side, 3]. Raises one of DAMAGE."""
+def decode(raw: bytes, side: int, box: Callable[[int, int], tuple]) -> np.ndarray:
+    """The part of a picture that box(width, height) gives, uint8 [side, side, 3]. May raise anything."""
+    image = open_image(raw)
     width, height = image.size
-    box = crop_box(width, height, draws)
+    box = box(width, height)
     shrink = min(box[2] - box[0], box[3] - box[1]) / side
     if draft := image.draft(None, (int(width / shrink), int(height / shrink))):  # None but for JPEGs
         box = tuple(edge * draft[1][2] / width for edge in box)
-    if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     image = image if image.mode == "RGB" else image.convert("RGB")
     return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR, box))
 
 
 def crop_array(pixels: np.ndarray, side: int, draws: Sequence[float] = ()) -> np.ndarray:
-    """As `crop`, of an array uint8 [H, W, 3]: torch does it several times as fast as PIL."""
+    """As `decode`, of an array uint8 [H, W, 3]: torch does it several times as fast as PIL."""
     left, top, right, bottom = map(round, crop_box(pixels.shape[1], pixels.shape[0], draws))
     batch = torch.from_numpy(pixels[top:bottom, left:right].copy())[None].permute(0, 3, 1, 2)
     batch = F.interpolate(batch, (side, side), mode="bilinear", antialias=True)
@@ -1939,21 +2081,24 @@ class Photos:
 
     def chosen(self, rows: Iterable[int]) -> Photos:
         """Those of some rows."""
+        return self.named([self.names[row] for row in rows])
+
+    def named(self, names: Sequence) -> Photos:
+        """Others of the same place."""
         photos = copy.copy(self)
-        photos.names, photos.kept = [self.names[row] for row in rows], {}
+        photos.names, photos.kept = names, {}
         return photos
 
     def read(self, index: int) -> bytes:
-        name = self.names[index]
-        return self.archive.read(name) if self.archive else (self.place / name).read_bytes()
+        return read_file(self.archive or self.place, self.names[index])
 
     def crop(self, index: int, side: int, draws: Sequence[float] = ()) -> np.ndarray:
-        """As `crop`; what nothing was drawn for is kept while KEEP allows."""
+        """As `decode`; what nothing was drawn for is kept while KEEP allows."""
         if not draws and (index, side) in self.kept:
             return self.kept[index, side]
         if isinstance(self.place, np.ndarray):
             return crop_array(self.place[self.names[index]], side, draws)
-        picture = crop(open_image(self.read(index)), side, draws)
+        picture = decode(self.read(index), side, functools.partial(crop_box, draws=draws))
         if not draws and len(self.kept) < KEEP // picture.nbytes:
             self.kept[index, side] = picture
         return picture
@@ -1966,7 +2111,7 @@ class Photos:
         rows = np.arange(len(self))[index]
         pictures = np.full((*rows.shape, PICTURE, PICTURE, 3), 128, dtype=np.uint8)
         for place, row in np.ndenumerate(rows):
-            with contextlib.suppress(*DAMAGE):
+            with contextlib.suppress(Exception):  # a damaged file can break a decoder in any way
                 pictures[place] = self.crop(row, PICTURE)
         return pictures
 
@@ -2034,8 +2179,8 @@ class CropSource:
             index = indices[place]
             try:
                 pictures[place] = self.images.crop(index, self.side, draws[place])
-            except DAMAGE as error:  # one_line, less an address in memory
-                bad[index] = f"{self.images.names[index]}: {one_line(error).partition(' <')[0]}"
+            except Exception as error:  # a damaged file can break a decoder in any way
+                bad[index] = reason(self.images.names[index], error)
         return bad
 
     def finish(self, indices: Tensor, weights: Tensor, pictures: Tensor, shares: Iterator[dict]) -> Batch:
@@ -2053,86 +2198,28 @@ class CropSource:
         return Batch(indices, weights, views, labels, missing)
 
 
-# %% Layouts [markdown]
-# ### Layouts
-#
-# Kaggle's `ambityga/imagenet100` comes in parts, `train.X1` to `train.X4`, of 25 classes each: a class index
-# made part by part would give four classes the label 0. Others have `train/` and `val/`, or one folder a
-# class and no validation images at all. All of it may lie one folder deeper than you think, or in a `.zip`.
-# One listing reads them all; nothing is unpacked.
+# %% Folders and arrays [markdown]
+# ### Folders and arrays
 #
 # Packed images are four `.npy` files and the names of the classes. They are mapped, not read: the operating
 # system loads the pages that are touched, so a set larger than memory opens at once, and a skipped picture is
 # never loaded.
 
-# %% Layouts tags=["fold"]
-# @title Layouts
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-SPLIT = r"(train|training|val|valid|validation|test|testing)(?:\.X[^/]*)?"
-LAYOUT = re.compile(rf"([^/]+/)??(?:{SPLIT}/)?([^/]+)/([^/]*)", re.IGNORECASE)  # folder, split, class, file
+# %% Folders and arrays tags=["fold"]
+# @title Folders and arrays
 PACKED = ("train_images", "train_labels", "val_images", "val_labels")
 
 
-def names_in(root: Path) -> list[str]:
-    """What lies below `root`, a folder or a .zip, sorted; folders end with "/".
-
-    Links are followed, and at most four levels. Raises one of DAMAGE.
-    """
-    names = []
-    if not root.is_dir():
-        with zipfile.ZipFile(root) as archive:
-            names = archive.namelist()
-    for place, folders, files in os.walk(root, followlinks=True):
-        above = Path(place).relative_to(root).parts
-        names += ["/".join((*above, name)) for name in (*files, *(f"{folder}/" for folder in folders))]
-        if len(above) == 3:
-            folders.clear()
-    return sorted(names)
-
-
-def find_splits(names: list[str]) -> dict[str, dict[str, list[int]]]:
-    """{class: rows of `names`} for "train", and for "val" if it has a folder. May raise ValueError."""
-    found: defaultdict[tuple, defaultdict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for row, name in enumerate(names):
-        match = LAYOUT.fullmatch(name)
-        if match and not any(part.startswith((".", "__MACOSX")) for part in name.split("/")):
-            above, split, label, file = match.groups(default="")
-            rows = found[above, split[:2].lower()][label]
-            rows += [row] if file.lower().endswith(IMAGE_SUFFIXES) else []
-    for above in sorted({above for above, _ in found}):
-        train, val = found.get((above, "tr")), found.get((above, "va")) or found.get((above, "te"))
-        if train and val:
-            return {"train": train, "val": val}
-    alone = sorted(place for place, classes in found.items() if sum(map(bool, classes.values())) > 1)
-    if len(alone) == 1 or ("", "") in alone:
-        return {"train": found[alone[0]]}
-    raise ValueError(f"folders of classes: {', '.join(map(''.join, alone)) or 'none'}")
-
-
-def divide(classes: dict[str, list[int]], fraction: float) -> dict[str, dict[str, list[int]]]:
-    """Sets a fraction of every class aside, evenly spread: the first image always, the second never."""
-    splits: dict[str, dict[str, list[int]]] = {"train": {}, "val": {}}
-    share = round(1000 * fraction)
-    for label, rows in classes.items():
-        for place, row in enumerate(rows):
-            split = "val" if place * share % 1000 < share else "train"
-            splits[split].setdefault(label, []).append(row)
-    return splits
-
-
-def read_folders(path: Path, val_fraction: float) -> ImageData:
-    """The photographs below `path`, a folder or a .zip, in any layout. Raises one of DAMAGE."""
+def read_folders(path: Path, val_fraction: float, say: Callable[[str], None]) -> ImageData:
+    """The photographs below `path`, a folder or a .zip, in any layout. Raises BadInput."""
     photos = Photos(path, names_in(path))
-    splits = find_splits(photos.names)
-    labels, arrays = sorted(set().union(*splits.values())), {}
-    splits = splits if "val" in splits else divide(splits["train"], val_fraction)
-    for split, classes in splits.items():
-        counts = [len(classes.get(label, ())) for label in labels]
-        if 0 in counts:
-            raise ValueError(f"no image in {split} of class {labels[counts.index(0)]}")
-        arrays[f"{split}_images"] = photos.chosen(row for label in labels for row in classes[label])
-        arrays[f"{split}_labels"] = np.repeat(np.arange(len(labels)), counts)
-    return ImageData(path.stem, False, titles_of(labels, photos), **arrays, source=str(path))
+    classes, splits, told = find_layout(path, photos.names, val_fraction)
+    for line in told:
+        say(f"{path}: {line}")
+    arrays = {}
+    for split, (names, labels) in splits.items():
+        arrays |= {f"{split}_images": photos.named(names), f"{split}_labels": labels}
+    return ImageData(path.stem, False, titles_of(classes, photos), **arrays, source=str(path))
 
 
 def titles_of(labels: list[str], photos: Photos) -> list[str]:
@@ -2167,28 +2254,30 @@ def load_data(settings: Settings, say: Callable[[str], None]) -> ImageData:
 
     Raises BadInput, in one sentence, for them, and for weights that cannot be had or do not fit.
     """
+    settings = settings if settings.data_dir and settings.out else fill_defaults(settings)
     for used in (settings.data, settings.weights):
         place = Path(used).expanduser().resolve()
         if place.exists() and Path(settings.out).resolve() in place.parents and not settings.resume:
             raise BadInput(f"{used}: lies in --out {settings.out}, which the run renames; copy it elsewhere")
-    data = drawn(settings.train_size) if settings.data == "shapes" else read_data(settings)
+    data = drawn(settings.train_size) if settings.data == "shapes" else read_data(settings, say)
     build_model(settings, data, say)
     return data
 
 
-def read_data(settings: Settings) -> ImageData:
+def read_data(settings: Settings, say: Callable[[str], None]) -> ImageData:
     """The images on the disk that the settings name. Raises BadInput."""
     path = find_data(settings)
     packed = [file.parent for above in ("", "*/") for file in path.glob(f"{above}train_images.npy")]
     try:
-        data = read_packed(packed[0]) if packed else read_folders(path, settings.val_fraction)
+        data = read_packed(packed[0]) if packed else read_folders(path, settings.val_fraction, say)
         if len(data.classes) < 2:
             raise ValueError(f"the only class is {data.classes[0]}")
+    except BadInput:
+        raise
     except DAMAGE as error:
         raise BadInput(
-            f"--data {path}: {one_line(error)}; expected train/<class>/ with val/<class>/ or test/<class>/, "
-            "Kaggle's train.X1 and so on, val.X and Labels.json, a folder for each of two or more classes, "
-            f"a .zip of these, or {', '.join(PACKED)} .npy with classes.json; correct the path or the data"
+            f"--data {path}: {one_line(error)}; expected a folder, or a whole .zip, whose Labels.json is "
+            f" {{class: name}}, or {', '.join(PACKED)} .npy with classes.json; correct or unpack it"
         ) from error
     if settings.train_size:
         rows = balanced_subset(data.train_labels, settings.train_size, len(data.classes))
@@ -2225,19 +2314,17 @@ def holds_imagenet(path: Path) -> Path | None:
 
 # %% Weights tags=["fold"]
 # @title Weights
-def bare_model(settings: Settings, classes: int) -> nn.Module:
+def bare_model(name: str, classes: int, side: int) -> nn.Module:
     """A classifier of torchvision with `classes` outputs and random weights.
 
     Raises BadInput for a name that is none, or views of a size that it cannot take.
     """
-    name, side = settings.model, settings.image_size
     try:
         if name not in torchvision.models.list_models(module=torchvision.models):
             raise ValueError("there is none of that name")
         options = {"image_size": side} if name.startswith("vit_") else {}
         if name in ("googlenet", "inception_v3"):  # they return more than logits unless told
-            options = {"aux_logits": False, "init_weights": True}
-            options["transform_input"] = settings.weights != "none"
+            options = {"aux_logits": False, "init_weights": True, "transform_input": True}
         model = torchvision.models.get_model(name, num_classes=classes, **options)
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, side, side))
@@ -2249,12 +2336,62 @@ def bare_model(settings: Settings, classes: int) -> nn.Module:
     return model.train()
 
 
+class Unread:
+    """Stands for each object in a file of weights that is no tensor, so that none of its code is run."""
+
+    __init__ = __setstate__ = lambda self, *parts: None
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file, bare or among what training programs save beside it: of the dicts in the
+    file, the one with the most tensors. Raises one of DAMAGE, and what torch raises."""
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    objects = []
+    if zipfile.is_zipfile(path):  # else it is of before torch 1.6
+        objects = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    try:
+        with torch.serialization.safe_globals([(Unread, name) for name in objects]):
+            parts, most = [torch.load(path, map_location="cpu", weights_only=True)], {}
+    except pickle.UnpicklingError as error:
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2]
+        raise ValueError(f"not only tensors: {', '.join(objects) or reason}") from error
+    for part in parts:  # a list that grows meanwhile
+        if isinstance(part, dict):
+            parts += part.values()
+            tensors = {str(name): value for name, value in part.items() if isinstance(value, Tensor)}
+            most = max(most, tensors, key=len)
+    if not most:
+        raise ValueError(f"no state dict, but {', '.join(objects) or type(parts[0]).__name__}")
+    return most
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """As `read_state`."""
+    if not importlib.util.find_spec("safetensors"):
+        raise ValueError("the package safetensors is missing: pip install safetensors")
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(one_line(error)) from error
+
+
+def named_as(own: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that `own` has names for, whatever wrapper's name stands before them in `state`, such as
+    module. or _orig_mod.: the one that fits most of them."""
+    starts = dict.fromkeys(name[: dot.end()] for name in ("", *state) for dot in re.finditer(r"^|\.", name))
+    start = max(starts, key=lambda start: sum(start + name in state for name in own))
+    return {name: state[start + name] for name in own if start + name in state}
+
+
 def read_weights(settings: Settings) -> dict[str, Tensor]:
     """The state dict that `settings.weights` names, of which no code is run: a file's, or torchvision's,
     searched for and else downloaded. Raises what torch raises."""
     if settings.weights != "imagenet":
-        state = torch.load(Path(settings.weights).expanduser(), map_location="cpu", weights_only=True)
-        return state.get("state_dict", state.get("model", state))  # how training programs wrap it
+        return read_state(Path(settings.weights).expanduser())
     weights, found = torchvision.models.get_model_weights(settings.model).DEFAULT, None
     name = weights.url.rpartition("/")[2]
     for root in (Path(settings.data_dir).expanduser(), KAGGLE_INPUT):
@@ -2271,14 +2408,17 @@ def load_weights(settings: Settings, model: nn.Module) -> list[str]:
     # DenseNets are published with names that torchvision no longer uses: norm.1 for norm1.
     old, own = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)"), model.state_dict()
     try:
-        state = read_weights(settings)
-        state = {old.sub(r"\1\2", name.removeprefix("module.")): value for name, value in state.items()}
-        if isinstance(model, torchvision.models.VisionTransformer):  # positions belong to one size of image
+        held = {old.sub(r"\1\2", name): value for name, value in read_weights(settings).items()}
+        state = named_as(own, held)
+        if "encoder.pos_embedding" in state:  # positions belong to one size of image
             state = interpolate_embeddings(settings.image_size, model.patch_size, state)
-        fitting = {name: v for name, v in state.items() if name in own and v.shape == own[name].shape}
+        fitting = {name: value for name, value in state.items() if value.shape == own[name].shape}
         missing = [name for name in own if name not in fitting and not name.endswith("num_batches_tracked")]
         if sum(v.numel() for v in fitting.values()) < 0.5 * sum(v.numel() for v in model.parameters()):
-            raise ValueError(f"{len(missing)} tensors are not there or of another shape, first {missing[0]}")
+            raise ValueError(
+                f"it holds {len(held)} tensors, such as {next(iter(held))}; of the model's {len(missing)} "
+                f"are missing or of another shape, first {missing[0]}"
+            )
     except (*DAMAGE, pickle.UnpicklingError, AttributeError) as error:
         url = torchvision.models.get_model_weights(settings.model).DEFAULT.url
         raise BadInput(
@@ -2354,6 +2494,18 @@ def show_probe(settings: Settings, data: ImageData) -> None:
     print(f"linear probe: {data.references['linear probe']['words']}")
 
 
+# %% One picture tags=["fold"]
+# @title One picture
+def view_side(settings: Settings) -> int:
+    """Pixels, the side of what the model sees."""
+    return settings.image_size
+
+
+def read_view(raw: bytes, side: int) -> np.ndarray:
+    """What the model sees of a picture, from a file's bytes: uint8 [side, side, 3]. Raises one of DAMAGE."""
+    return decode(raw, side, crop_box)
+
+
 # %% Pick a balanced subset tags=["shared", "fold"]
 # @title Pick a balanced subset
 def balanced_subset(labels: np.ndarray, size: int, classes: int) -> np.ndarray | slice:
@@ -2385,6 +2537,11 @@ DAMAGE += (struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile, Image.D
 def one_line(error: Exception) -> str:
     """An error's own words on one line, since bad input gets one sentence."""
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def reason(name: str, error: Exception) -> str:
+    """Why a file is left out, less an address in memory: the same file is the same line."""
+    return printable(f"{name}: {one_line(error).partition(' <')[0]}")
 
 
 def drawn(size: int) -> ImageData:
@@ -3110,6 +3267,9 @@ def print_table(bar: bool = True, say: Callable[[str], None] = tqdm.write) -> Ca
 
 # %% Flags tags=["shared", "fold"]
 # @title Flags
+EPILOG = "--predict PATH ... trains nothing: it classifies pictures by the model of the run in --out"
+
+
 class Flags(argparse.ArgumentParser):
     """A command line whose complaints are one sentence."""
 
@@ -3141,7 +3301,7 @@ def parse(settings: ASTConfig, arguments: list[str], environment: dict[str, str]
     Raises BadInput for unknown flags and variables, and for values that cannot be.
     """
     items, values = {item.name: item for item in fields(settings)}, {}
-    parser = Flags(prog=f"{PROGRAM}.py", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = Flags(f"{PROGRAM}.py", epilog=EPILOG, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for name, item in items.items():
         shown = getattr(settings, name)
         text = f"{item.metadata['help']} (default: {'auto' if shown is None else shown})".replace("%", "%%")
@@ -3265,7 +3425,8 @@ class Run:
 
     def execute(self) -> dict:
         """Trains what is not finished yet and returns the summary."""
-        self.say(f"{describe(self.data)}, in batches of {self.settings.batch_size}")
+        words = f"{describe(self.data)}, in batches of {self.settings.batch_size}"
+        self.say(textwrap.fill(words, 80, subsequent_indent="  ", break_long_words=False))
         stored = load_checkpoint(self.out / "checkpoints", self.say) if self.settings.resume else None
         if stored:
             self.take_up(stored)
@@ -3279,7 +3440,8 @@ class Run:
         done = [(run["policy"], run["seed"]) for run in self.finished]
         work = {name: (len(self.planned(name)), sum(self.planned(name))) for name in self.policies}
         for listener in self.listeners:
-            listener("plan", {"work": work, "seeds": self.seeds, "done": done})
+            plan = {"work": work, "seeds": self.seeds, "done": done, "synthetic": self.data.synthetic}
+            listener("plan", plan)
         for seed, policy in itertools.product(self.seeds, self.policies):
             if (policy, seed) not in done and (stored or not self.controls.stopping()):
                 self.train(policy, seed, stored)
@@ -3335,8 +3497,8 @@ class Run:
             restore(trainer, stored["trainer"])
         result = trainer.train()
         if (policy, seed) == (self.policies[0], self.seeds[0]):
-            weights = {name: value.cpu() for name, value in trainer.model.state_dict().items()}
-            write_by(self.out / "model.pt", functools.partial(torch.save, weights))
+            model = portable(self.settings, self.data.classes, trainer.model)
+            write_by(self.out / "model.pt", functools.partial(torch.save, model))
             times = {"times_activated": trainer.times_activated.numpy()}
             write_by(self.out / "samples.npz", lambda file: np.savez_compressed(file, **times))
         if result["complete"]:
@@ -3556,7 +3718,7 @@ def saving(summary: dict) -> list[str]:
     """What was saved against full training, as measured, and what other counts would say and why."""
     m, first = summary["measured"], next(iter(summary["policies"]), "ast")
     if m["speedup_vs_full"] is None:
-        return ["no full run beside it (--compare full), so what is saved was not measured"]
+        return ["no whole full run beside it (--compare full), so what is saved was not measured"]
     mine, full = summary["policies"][first], summary["policies"]["full"]
     flops, points = m["flops_saved_percent_vs_full"], m["accuracy_minus_full"]
     time, whole = (100 * (1 - 1 / m[key]) for key in ("speedup_vs_full", "total_speedup_vs_full"))
@@ -3608,6 +3770,150 @@ def report(summary: dict) -> str:
     if not summary["complete"]:
         lines.append(f"stopped by {summary['stopped_by']}: go on with --resume (or settings.resume = True)")
     return "\n".join(["", *table_of(summary["policies"]), "", *lines])
+
+
+# %% Prediction [markdown] tags=["shared"]
+# ### Prediction
+#
+# `model.pt` is all it takes to use the model, here or in another program: the weights, the model that they
+# belong to, the classes in the order of its outputs, and how a picture becomes its input.
+
+
+# %% Prediction tags=["shared", "fold"]
+# @title Prediction
+def portable(settings: ASTConfig, classes: Sequence[str], model: nn.Module) -> dict:
+    """What `model.pt` holds. Mean and std are those of red, green and blue, from 0 to 255."""
+    return {
+        "program": PROGRAM,
+        "model": settings.model,
+        "classes": list(map(str, classes)),
+        "image_size": view_side(settings),
+        "mean": PIXEL_MEAN,
+        "std": PIXEL_STD,
+        "state_dict": {name: value.cpu() for name, value in model.state_dict().items()},
+    }
+
+
+def load_model(chosen: ASTConfig) -> tuple[nn.Module, dict]:
+    """The model of the run in `chosen.out`, ready to predict, and all that its `model.pt` holds.
+
+    Raises BadInput where there is none, or it is not this program's.
+    """
+    path = Path(chosen.out) / "model.pt"
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved.get("program") != PROGRAM:
+            raise ValueError(f"written by {saved.get('program', 'another program')}")
+        model = bare_model(saved["model"], len(saved["classes"]), saved["image_size"])
+        model.load_state_dict(saved["state_dict"])
+    except (*DAMAGE, AttributeError, pickle.UnpicklingError) as error:
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2]  # before it torch advises to trust it
+        raise BadInput(
+            f"{path}: {reason[:200]}; expected program, model, classes, image_size and state_dict, as a "
+            f"run of {PROGRAM}.py leaves them; name the folder of such a run with --out"
+        ) from error
+    return model.to(chosen.device).eval(), saved
+
+
+@torch.no_grad()
+def predict(*paths: str, chosen: ASTConfig | None = None, controls: Controls | None = None) -> None:
+    """Prints the five likeliest classes of a picture, and in a notebook shows it as the model sees it. For a
+    folder, or several paths, writes predictions.csv: file, likeliest class, its probability.
+
+    chosen: settings whose `out` holds the model; the program's if None. Raises BadInput.
+    """
+    if not any(paths):
+        return print("no picture: write its path between the quotes")
+    chosen = fill_defaults(chosen or settings)
+    model, saved = load_model(chosen)
+    places, rows, lost = [Path(path) for path in paths], [], []
+    inside = [sorted(place.rglob("[!.]*")) if place.is_dir() else [place] for place in places]
+    files = [file for file in itertools.chain(*inside) if not file.is_dir()]
+    for file in tqdm(files, "predicting", leave=False, disable=None):
+        if controls and controls.stop:
+            break
+        try:
+            view = read_view(file.read_bytes(), saved["image_size"])
+        except Exception as error:  # a damaged file can break a decoder in any way
+            lost.append(f"{file}: {one_line(error).partition(' <')[0]}")  # less an address in memory
+            continue
+        images = torch.tensor(view, device=chosen.device)[None]
+        chances = model(plain_view(images, None))[0].softmax(0)
+        label, name = int(chances.argmax()), file.relative_to(places[0]) if len(places) == 1 else file
+        rows.append((name.as_posix(), saved["classes"][label], round(float(chances[label]), 4)))
+    if not rows:
+        reason = lost[0] if lost else f"{paths[0]}: no file in it"
+        raise BadInput(f"{reason}; expected a picture, or a folder of pictures; name another")
+    if files == places[:1] == places:
+        if kernel() is not None:
+            from IPython.display import display
+
+            display(Image.fromarray(view).resize((224, 224)))
+        for label in chances.argsort(descending=True)[:5].tolist():
+            print(f"{100 * chances[label]:5.1f} %  {saved['classes'][label]}")
+        return
+    out = Path(chosen.out if os.access(chosen.out, os.W_OK) else "") / "predictions.csv"
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([("file", "class", "probability"), *rows])
+    write_whole(out, text.getvalue().encode(errors="surrogateescape"))
+    print(f"{len(rows)} of {len(files)} files: {out}")
+    for line in lost:
+        print(f"left out: {line}", file=sys.stderr)
+
+
+@torch.no_grad()
+def show_mistakes(chosen: ASTConfig, data: ImageData) -> None:
+    """Each class of the validation set: what the model in `chosen.out` takes it for, how often it is right,
+    and how often the gate chose it; then the images that it is surest to get wrong, and right.
+
+    Raises BadInput where the model is of other classes than the data.
+    """
+    model, saved = load_model(chosen)
+    if saved["classes"] != data.classes:
+        raise BadInput(f"{chosen.out}: expected a model of the data's {len(data.classes)} classes; train one")
+    source = sources(chosen, data, torch.device(chosen.device))[1]
+    parts = [(model(views).softmax(1).cpu(), labels.cpu()) for views, labels in source.in_order()]
+    chances, labels = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
+    found, names = chances.argmax(1), [name[:12] for name in data.classes]
+    show_classes(labels, found, names, mean_times(Path(chosen.out), data))
+    readable = np.setdiff1d(np.arange(len(source)), list(source.unreadable))
+    order, rows = np.argsort(chances[np.arange(len(labels)), labels]), {}
+    for word, which in (("lowest", order[:10]), ("highest", order[:-11:-1])):
+        title = f"Validation images of the {word} probability of their label: label, likeliest class"
+        captions = [
+            f"{names[labels[i]]}\n{names[found[i]][:8]} {100 * chances[i].max():.0f} %" for i in which
+        ]
+        rows[title] = data.val_images[readable[which]], captions, np.zeros(len(which), bool)
+    show_images(rows)
+
+
+def show_classes(labels: np.ndarray, found: np.ndarray, names: list[str], times: np.ndarray) -> None:
+    """What each class (a row) is taken for, its accuracy, and how often an image of it was chosen."""
+    counts = np.bincount(labels * len(names) + found, minlength=len(names) ** 2).reshape(2 * [len(names)])
+    shares, rows = 100 * counts / counts.sum(1, keepdims=True).clip(1), np.arange(len(names))
+    with drawing():
+        figure = Figure(figsize=(9.8, 4.8), layout="constrained")
+        taken, right, chosen = figure.subplots(1, 3, sharey=True, width_ratios=(2, 1, 1))
+        taken.imshow(shares, cmap="Oranges", vmin=0, aspect="auto")
+        taken.set(title="What each class is taken for (darker: more often)", ylabel="label")
+        taken.grid(False)
+        right.barh(rows, shares.diagonal(), color="#666666")
+        right.set(title="Accuracy (%)", xlim=(0, 100))
+        chosen.barh(rows, times, color=COLOURS["ast"])
+        chosen.set(title="Times an image was chosen")
+        if len(names) <= 20:
+            taken.set_xticks(rows, names, rotation=90)
+            taken.set_yticks(rows, names)
+        show_png(png_of(figure))
+
+
+def mean_times(out: Path, data: ImageData) -> np.ndarray:
+    """How often a gate chose an image of each class, float64 [classes], in the run whose folder is `out`."""
+    times, labels = np.load(out / "samples.npz")["times_activated"], data.train_labels
+    if len(times) != len(labels):
+        found = f"{len(labels)} samples"
+        raise BadInput(f"{found}: expected the run's {len(times)}; call prepare(settings) again")
+    return np.bincount(labels, times) / np.bincount(labels).clip(1)
 
 
 # %% From settings to results tags=["shared", "fold"]
@@ -3734,8 +4040,14 @@ def main() -> int:
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):  # Windows has no SIGHUP
             signal.signal(getattr(signal, name), stop)
+    parser = Flags(add_help=False, allow_abbrev=False)
+    parser.add_argument("--predict", nargs="+", default=[])
     try:
-        run(settings, sys.argv[1:], controls=controls)
+        asked, arguments = parser.parse_known_args(sys.argv[1:])
+        if asked.predict:
+            predict(*asked.predict, chosen=settings_for_run(settings, arguments), controls=controls)
+        else:
+            run(settings, arguments, controls=controls)
     except BadInput as error:
         print(error, file=sys.stderr)
         return 2
@@ -3833,13 +4145,15 @@ class History:
 class Histories:
     """The histories of a session: a listener in the worker, read by the notebook's thread."""
 
-    def __init__(self, title: str = ""):
-        self.title, self.progress = title, Progress()  # title: of pictures
+    def __init__(self):
+        self.title, self.progress = "", Progress()  # title: of pictures
         self.runs: list[History] = []  # the newest last
 
     def __call__(self, event: str, data: dict) -> None:
         self.progress(event, data)
-        if event == "start":
+        if event == "plan":
+            self.title = "SYNTHETIC images" if data["synthetic"] else ""
+        elif event == "start":
             names = ("policy", "seed", "epochs", "rows", "changes")
             self.runs.append(History(*(data[name] for name in names)))
         elif event == "chunk":
@@ -4191,8 +4505,7 @@ async def run_live(settings: ASTConfig, data: ImageData | None = None, panel: ob
     """
     if any(thread.name == Worker.NAME for thread in threading.enumerate()):
         raise BadInput("another run in this notebook: expected none; wait until it has saved, then run again")
-    controls, lines = Controls(), queue.SimpleQueue()
-    histories = Histories("SYNTHETIC images" if data and data.synthetic else "")
+    controls, lines, histories = Controls(), queue.SimpleQueue(), Histories()
     settled = settings_for_run(settings)
     dashboard = live = Dashboard(panel, histories, controls, settled) if widgets_serve() else None
     if dashboard:
@@ -4355,13 +4668,9 @@ def show_chosen(summary: dict, data: ImageData) -> None:
     """
     path, labels, names = Path(summary["out"]) / "samples.npz", data.train_labels, data.classes
     times = np.load(path)["times_activated"] if path.exists() else np.zeros(len(labels), np.int16)
-    if len(times) != len(labels):
-        raise BadInput(
-            f"{len(labels)} samples: expected the run's {len(times)}; call prepare(settings) again"
-        )
     if not times.any():
         return print("no epoch with a gate was begun, so nothing was chosen")
-    means = np.bincount(labels, times) / np.bincount(labels).clip(1)
+    means = mean_times(path.parent, data)
     order, rows = np.argsort(means)[::-1], {}
     for word, classes, count in (("most", order[:5], times.max()), ("least", order[-5:], times.min())):
         print(f"classes chosen {word}:", ", ".join(f"{names[c]} {means[c]:.1f} times" for c in classes))
@@ -4433,3 +4742,21 @@ if __name__ == "__main__":
 
 # %% What was chosen tags=["shared", "active-ipynb"]
 # show_chosen(summary, data)
+
+# %% What it gets wrong [markdown] tags=["shared"]
+# ### What it gets wrong
+#
+# See which classes the model takes for one another, that the gate came back most to those it gets wrong, and
+# where the label rather than the model is wrong. It is the model of the run's first policy and seed.
+
+# %% What it gets wrong tags=["shared", "active-ipynb"]
+# show_mistakes(settings, data)
+
+# %% Your own picture [markdown] tags=["shared"]
+# ## Your own picture
+#
+# Write the path of a picture between the quotes, and see it with its five likeliest classes. A folder gives
+# `predictions.csv` among the results.
+
+# %% Your own picture tags=["shared", "active-ipynb"]
+# predict("")

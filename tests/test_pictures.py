@@ -197,7 +197,10 @@ def test_the_time_to_go_is_what_is_left_at_this_pace():
     histories = ast.Histories()
     assert histories.progress.outlook() == (0, None)
     done = [("ast", 0), ("full", 0)]
-    histories("plan", {"work": {"ast": (4, 100.0), "full": (4, 300.0)}, "seeds": [0, 1], "done": done})
+    histories(
+        "plan",
+        {"work": {"ast": (4, 100.0), "full": (4, 300.0)}, "seeds": [0, 1], "done": done, "synthetic": False},
+    )
     go_on(begin(histories=histories, seed=1), 10)  # an eighth of the first, in 2.5 seconds
     assert histories.progress.outlook() == (pytest.approx(12.5 / 400), None), "too early to tell"
     go_on(histories, 30)

@@ -176,7 +176,8 @@ def whole(data, tmp_path_factory):
 def assert_same(out, reference):
     """Bit for bit, apart from what a clock measured."""
     assert rows(out, timed=False) == rows(reference, timed=False)
-    mine, theirs = (torch.load(folder / "model.pt", weights_only=True) for folder in (out, reference))
+    models = (torch.load(folder / "model.pt", weights_only=True) for folder in (out, reference))
+    mine, theirs = (model["state_dict"] for model in models)
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
     mine, theirs = (np.load(folder / "samples.npz")["times_activated"] for folder in (out, reference))

@@ -194,7 +194,7 @@ def test_events_have_the_keys_of_the_first_edition_and_the_report_counts_changes
 
 def test_the_saved_model_is_the_first_policys_of_the_first_seed(ran):
     model = small_net(None, ast.shapes(N, VAL))
-    model.load_state_dict(torch.load(ran.out / "model.pt", weights_only=True))
+    model.load_state_dict(torch.load(ran.out / "model.pt", weights_only=True)["state_dict"])
     data = ast.shapes(N, VAL)
     with torch.no_grad():
         views = ast.normalise(torch.from_numpy(data.val_images))
@@ -289,7 +289,7 @@ def test_prepared_data_serve_the_run(tmp_path, capsys):
     assert "SYNTHETIC images, made by this program: shapes, 120 training" in capsys.readouterr().out
     assert (settings.device, settings.data_dir) == ("cpu", "./data")
     found = ast.run(settings, listeners=[], say=lambda line: None, data=data)
-    assert (found["n_train"], found["n_val"], found["complete"]) == (N, 2000, True)
+    assert (found["n_train"], found["n_val"], found["complete"]) == (N, 1000, True)
 
 
 KAGGLE, COLAB = {"KAGGLE_KERNEL_RUN_TYPE": "Batch"}, {"COLAB_RELEASE_TAG": "release"}
@@ -357,7 +357,7 @@ def test_the_tables_fit_80_columns_and_line_up(ran):
     "measured,told",
     [
         ({"speedup_vs_full": None},
-         "no full run beside it (--compare full), so what is saved was not measured"),
+         "no whole full run beside it (--compare full), so what is saved was not measured"),
         ({"accuracy_minus_random": 0.004}, "ast is ahead of random selection of as many samples: +0.00 "),
         ({"accuracy_minus_random": -2.0}, "ast is not ahead of random selection of as many samples: -2.00 "),
         ({"accuracy_minus_short": 0.0}, "ast is not ahead of plain training of as few epochs: +0.00 points"),
@@ -476,6 +476,7 @@ def test_importing_the_program_prints_and_writes_nothing_and_help_lists_every_se
     for item in fields(ast.Settings):
         assert re.search(rf" {ast.flag(item.name)}[ ,].*{re.escape(item.metadata['help'])}", shown), item.name
     assert {"(default: 0.4)", "(default: auto)"} <= set(re.findall(r"\(default: \S+\)", shown))
+    assert "--predict PATH" in shown, "no setting, but a flag"
 
 
 @pytest.mark.parametrize(
