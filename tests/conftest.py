@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,21 @@ def files(folder):
     """Every path under a folder with its content."""
     paths = sorted(Path(folder).rglob("*"))
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in paths}
+
+
+def put(path, content):
+    """Writes a file, and the folders that it lies in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def zipped(folder, target, prefix=""):
+    """A .zip of all that is in a folder."""
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted(folder.rglob("*")):
+            archive.write(path, prefix + path.relative_to(folder).as_posix())
+    return target
 
 
 def write_images(folder, train=40, test=10, classes=("ant", "bee", "cow")):

@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from conftest import zipped
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
@@ -61,13 +62,6 @@ def write_tree(root, classes=("ant", "bee"), n=3, splits=("train", "test")):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{index:04}.png").write_bytes(encoded(image))
     return written
-
-
-def zip_folder(folder, target, prefix=""):
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in sorted(folder.rglob("*")):
-            archive.write(path, prefix + path.relative_to(folder).as_posix())
-    return target
 
 
 @pytest.fixture(autouse=True)
@@ -188,8 +182,8 @@ def test_class_folders_are_read_pixel_for_pixel(cifar, tmp_path, splits, form):
     root = tmp_path / "box" / "insects" if form == "nested folder" else tmp_path / "insects"
     written = write_tree(root, classes=("bee", "ant"), splits=splits)
     (root / "train" / ".hidden").mkdir()
-    zipped = zip_folder(root, tmp_path / "insects.zip", "insects/" if form == "nested zip" else "")
-    path = {"folder": root, "nested folder": root.parent}.get(form, zipped)
+    archive = zipped(root, tmp_path / "insects.zip", "insects/" if form == "nested zip" else "")
+    path = {"folder": root, "nested folder": root.parent}.get(form, archive)
     data, notices = load(cifar, path)
     order = [3, 4, 5, 0, 1, 2]  # "bee" was written first, "ant" is sorted first
     assert (data.classes, data.name, data.synthetic) == (["ant", "bee"], path.stem, False)
@@ -243,13 +237,13 @@ def test_one_percent_of_unreadable_images_is_skipped_and_more_is_refused(cifar, 
     write_tree(root, n=25, splits=("val",))  # 200 in all
     (root / "train" / "ant" / "0003.png").write_bytes(b"")
     (root / "train" / "bee" / "0100.png").write_bytes(encoded(written[100])[:60])
-    for path in (root, zip_folder(root, target)):
+    for path in (root, zipped(root, target)):
         data, _ = load(cifar, path)
         assert [line[:18] for line in data.unreadable] == ["train/ant/0003.png", "train/bee/0100.png"]
         assert np.array_equal(data.train_images, written[kept])
         assert np.array_equal(data.train_labels, kept // 75)
     (root / "val" / "ant" / "0000.png").write_bytes(b"GIF89a, or so it says")
-    for path in (root, zip_folder(root, target)):
+    for path in (root, zipped(root, target)):
         assert "3 of 200 images are unreadable" in refusal(cifar, path)
 
 
@@ -268,13 +262,13 @@ def test_a_broken_image_or_a_bomb_is_one_unreadable_image(cifar, tmp_path, monke
     write_tree(tmp_path / "tree", n=60)
     image = tmp_path / "tree" / "train" / "ant" / "0007.png"
     image.write_bytes(spoil(image.read_bytes()))
-    data, _ = load(cifar, zip_folder(tmp_path / "tree", tmp_path / "insects.zip"))
+    data, _ = load(cifar, zipped(tmp_path / "tree", tmp_path / "insects.zip"))
     assert [line.partition(":")[0] for line in data.unreadable] == ["train/ant/0007.png"]
 
 
 def test_names_that_lead_out_of_a_zip_are_no_images(cifar, tmp_path):
     write_tree(tmp_path / "tree")
-    path = zip_folder(tmp_path / "tree", tmp_path / "insects.zip", "insects/")
+    path = zipped(tmp_path / "tree", tmp_path / "insects.zip", "insects/")
     with zipfile.ZipFile(path, "a") as archive:
         for name in ("../train/ant/", "/train/ant/", "__MACOSX/train/ant/", "train/../ant/"):
             archive.writestr(name + "x.png", b"nothing")
@@ -287,7 +281,7 @@ def test_names_that_lead_out_of_a_zip_are_no_images(cifar, tmp_path):
 def test_a_zip_cut_or_changed_anywhere_is_refused_or_read(cifar, tmp_path_factory, place, change):
     folder = tmp_path_factory.mktemp("cut")
     write_tree(folder / "tree")
-    path = zip_folder(folder / "tree", folder / "data.zip")
+    path = zipped(folder / "tree", folder / "data.zip")
     raw = path.read_bytes()
     start = int(place * len(raw))
     path.write_bytes(raw[:start] + change + (raw[start + len(change) :] if change else b""))
@@ -310,7 +304,7 @@ def test_class_folders_without_an_image_are_refused(cifar, tmp_path, more, less,
         (tmp_path / "tree" / name).write_bytes(content)
     for name in less:
         shutil.rmtree(tmp_path / "tree" / name)
-    for path in (tmp_path / "tree", zip_folder(tmp_path / "tree", tmp_path / "tree.zip")):
+    for path in (tmp_path / "tree", zipped(tmp_path / "tree", tmp_path / "tree.zip")):
         assert told in refusal(cifar, path)
 
 
@@ -370,7 +364,7 @@ def test_kaggle_inputs_are_searched_in_both_places(cifar, tmp_path, official, ch
 
 def test_cifar10_is_known_by_its_classes_in_folders_and_zips(cifar, tmp_path):
     write_tree(tmp_path / "a" / "tree", classes=NAMES, n=1)
-    zip_folder(tmp_path / "a" / "tree", tmp_path / "CIFAR10.zip")
+    zipped(tmp_path / "a" / "tree", tmp_path / "CIFAR10.zip")
     for folder in (tmp_path / "a", tmp_path):
         assert load(cifar, "cifar10", folder)[0].name == "cifar10"
 

@@ -23,6 +23,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import put
 from PIL import Image
 
 from data_setup import __main__ as command_line
@@ -84,19 +85,13 @@ def jpeg(seed, width=40, height=30):
     return buffer.getvalue()
 
 
-def write(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    return path
-
-
 def write_tree(root, places=("train", "val"), counts=(6, 2)):
     """Class folders of JPEGs that all differ, in each of `places`."""
     for seed, (place, count) in enumerate(zip(places, counts, strict=True)):
         for label, key in enumerate(("ant", "bee")):
             for number in range(count):
                 content = jpeg(number + 1000 * label + 100_000 * seed, 40 + number, 30 + label)
-                write(root / place / key / f"{number}.jpg", content)
+                put(root / place / key / f"{number}.jpg", content)
     return root
 
 
@@ -263,9 +258,9 @@ def test_published_batches_are_known_by_their_md5s(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(CIFAR10, "train_list", [("data_batch_1", hashlib.md5(b"one").hexdigest())])
     monkeypatch.setattr(CIFAR10, "test_list", [("test_batch", hashlib.md5(b"two").hexdigest())])
-    batches = write(tmp_path / "cifar-10-batches-py" / "data_batch_1", b"one").parent
+    batches = put(tmp_path / "cifar-10-batches-py" / "data_batch_1", b"one").parent
     assert "test_batch is not" in run("cifar10", "check", tmp_path, status=1)["problems"][0]
-    write(batches / "test_batch", b"two")
+    put(batches / "test_batch", b"two")
     assert run("cifar10", "check", batches)["problems"] == []
 
 
@@ -295,10 +290,10 @@ def ilsvrc(tmp_path):
     for label, wnid in enumerate(WNIDS):
         for name in (f"{wnid}_{number}.JPEG" for number in range(3)):
             wanted[f"train/{wnid}/{name}"] = jpeg(len(wanted))
-            write(tree / "train" / wnid / name, jpeg(len(wanted) - 1))
+            put(tree / "train" / wnid / name, jpeg(len(wanted) - 1))
         for name in (f"ILSVRC2012_val_{number + 1:08}.JPEG" for number in (2 * label, 2 * label + 1)):
             wanted[f"val/{wnid}/{name}"] = jpeg(len(wanted))
-            write(tree / "val" / name, jpeg(len(wanted) - 1))
+            put(tree / "val" / name, jpeg(len(wanted) - 1))
             pairs.append((name, wnid))
     (tree / "val_labels.txt").write_text("".join(f"{name} {wnid}\n" for name, wnid in pairs))
     wanted = {name: content for name, content in wanted.items() if WNIDS[2] not in name}
@@ -568,7 +563,7 @@ def test_unreadable_images_leave_no_hole_up_to_one_percent(run, refused, tmp_pat
 
 def test_pack_keeps_what_exists_and_needs_room(run, refused, tmp_path, monkeypatch):
     source, out = write_tree(tmp_path / "in"), tmp_path / "out"
-    mine = write(tmp_path / "mine" / "train_labels.npy", b"mine")
+    mine = put(tmp_path / "mine" / "train_labels.npy", b"mine")
     assert "holds train_labels.npy" in refused(*pack_line(source, mine.parent))
     assert contents(mine.parent) == {"train_labels.npy": b"mine"}
     run(*pack_line(source, out))

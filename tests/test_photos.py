@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, put, zipped
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, JpegImagePlugin
@@ -55,12 +55,6 @@ def encoded(pixels, kind="JPEG", **how):
     return buffer.getvalue()
 
 
-def put(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    return path
-
-
 JPEG, PALETTE = encoded(picture()), Image.fromarray(picture(3)).quantize(128)
 
 
@@ -72,13 +66,6 @@ def write_tree(root, names):
 
 def split_tree(root, classes=("ant", "bee"), n=3, splits=("train", "val")):
     return write_tree(root, [f"{s}/{c}/{i}.jpg" for s in splits for c in classes for i in range(n)])
-
-
-def zipped(folder, target):
-    with zipfile.ZipFile(target, "w") as archive:
-        for path in sorted(folder.rglob("*")):
-            archive.write(path, path.relative_to(folder).as_posix())
-    return target
 
 
 @pytest.fixture(params=["folder", "zip"])
