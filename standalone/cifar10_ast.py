@@ -671,19 +671,10 @@ def rank_within(u: Tensor, labels: Tensor) -> Tensor:
 # scores them with a forward pass in eval mode, and trains on those above $\theta$. That pass is a third of
 # a training step, so live selection at rate $a$ costs $\tfrac13 + a$, and the ledger charges it: below $a
 # \approx \tfrac23$ it still saves, but never as much as not looking at all. A gate with `needs_views =
-# True` receives `Views` in place of indices.
+# True` receives a `Batch` of views in place of indices.
 
 
 # %% A gate after the loader tags=["shared"]
-@dataclass
-class Views:
-    """Augmented candidates: indices int64 [m] on the CPU; images [m, ...], labels int64 [m] on the device."""
-
-    indices: Tensor
-    images: Tensor
-    labels: Tensor
-
-
 class LiveGate:
     """Activates the views whose own significance exceeds θ; costs a scoring pass a candidate, plus a."""
 
@@ -696,7 +687,7 @@ class LiveGate:
         self.controller = Controller(config)
         self.recent = torch.empty(0)
 
-    def select(self, candidates: Views, target: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def select(self, candidates: Batch, target: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Activates what ranks above θ; 2 random ones if nothing does."""
         scores = self.score(candidates.images, candidates.labels).cpu()  # the one sync per candidate batch
         finite = scores.isfinite()
@@ -1367,8 +1358,7 @@ def filtered(trainer: AdaptiveSparseTrainer, batches: Iterable[Batch]) -> Iterat
         chosen = batch
         if trainer.rate < 1:
             with trainer.ledger.charge("scoring"):
-                views = Views(batch.indices, batch.images, batch.labels)
-                chosen = batch.rows(*trainer.gate.select(views, trainer.rate, trainer.generator))
+                chosen = batch.rows(*trainer.gate.select(batch, trainer.rate, trainer.generator))
         trainer.emit("chunk", **decision(trainer, batch.indices, chosen.indices))
         yield chosen
 
