@@ -3615,7 +3615,7 @@ def doubt(results: list[dict]) -> str | None:
     for result in results:  # the first epoch of a process warms it up
         full = [row["seconds"] for row in result["epochs"][1:] if row["target_activation"] == 1]
         if full and max(full) > max(1, UNEQUAL * min(full)):
-            return f"{result['policy']}: equal epochs took {min(full):.1f} to {max(full):.1f} s"
+            return f"equal epochs of {result['policy']} took {min(full):.1f} to {max(full):.1f} s"
     seconds = {(r["policy"], r["seed"]): r["train_seconds"] for r in results if r["complete"]}
     scored = any(result["phases"]["scoring"]["seconds"] for result in results)
     for (policy, seed), chance in seconds.items():
@@ -3713,19 +3713,21 @@ def saving(summary: dict) -> list[str]:
     flops, points = m["flops_saved_percent_vs_full"], m["accuracy_minus_full"]
     time, whole = (100 * (1 - 1 / m[key]) for key in ("speedup_vs_full", "total_speedup_vs_full"))
     fewer = 100 * (1 - mine["activated"] / full["activated"])
-    how = f"with {fewer:.1f} % fewer samples, at {points:+.2f} points of accuracy"
+    how = [f"  it trained on {fewer:.1f} % fewer samples"]
     unit = 100 * (1 - mine["unit_energy"] / full["unit_energy"])
-    model = f"unit energy, a model: {unit:.1f} %, as if skipping and nothing else cost a hundredth"
+    model = f"  unit energy (a model: a skipped sample costs 1 %, all else nothing): {unit:.1f} %"
     if summary["clock"]:
         return [
-            f"{first} saved {flops:.1f} % of full training's FLOPs, {how}",
-            f"no time is quoted, since the clock cannot be trusted: {summary['clock']}",
+            f"{first} saved {flops:.1f} % of full training's FLOPs, at {points:+.2f} points of accuracy",
+            *how,
+            f"  no time is quoted, as {summary['clock']}",
             model,
         ]
     return [
-        f"{first} saved {time:.1f} % of full training's time, measured, {how}",
-        f"with evaluation and checkpoints: {whole:.1f} %, since they cost both as much",
-        f"FLOPs: {flops:.1f} %, since choosing and moving data are no FLOPs",
+        f"{first} saved {time:.1f} % of full training's time, at {points:+.2f} points of accuracy",
+        *how,
+        f"  with evaluation and checkpoints, which cost both as much: {whole:.1f} %",
+        f"  FLOPs, of which choosing and moving data are none: {flops:.1f} %",
         model,
     ]
 
@@ -3746,9 +3748,10 @@ def report(summary: dict) -> str:
     first, lines = next(iter(summary["policies"]), "ast"), saving(summary)
     for name, words in RIVALS.items():
         if (points := summary["measured"][f"accuracy_minus_{name}"]) is not None:
-            seeds = f"seeds: {len(summary['seeds'])} (one proves nothing)"
             ahead = "ahead of" if points > 0 else "not ahead of"
-            lines.append(f"{first} is {ahead} {words}: {points:+.2f} points, {seeds}")
+            lines.append(f"{first} is {ahead} {words}: {points:+.2f} points")
+    if lines[1:]:
+        lines.append(f"seeds: {len(summary['seeds'])} (one proves nothing)")
     lines += caution(summary)
     lines += [f"{name}: {reference['words']}" for name, reference in summary["references"].items()]
     if summary["skipped_images"]:
@@ -3971,7 +3974,7 @@ def overview(settings: ASTConfig) -> list[str]:
     runs, times = len(policies) * seeds, f", with {seeds} seeds each" if seeds > 1 else ""
     first = f"{PROGRAM}: {runs} {'run' if runs == 1 else 'runs'}: {', '.join(policies)}{times}"
     values = [(item.name, getattr(settings, item.name), item.default) for item in fields(settings)]
-    changed = [f"{name} = {value}" for name, value, default in values if value != default]
+    changed = [f"{name}={value}" for name, value, default in values if value != default]
     wrapped = textwrap.wrap(", ".join(changed), 80, initial_indent="  ", subsequent_indent="  ")
     return [first, f"  torch {torch.__version__} on {device_name(settings.device)}", *wrapped]
 
