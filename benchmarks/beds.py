@@ -34,7 +34,6 @@ class Bed:
     """Data, model and length of one comparison."""
 
     what: str
-    data: str = "cifar10"  # or shapes, the program's own synthetic set
     classes: tuple[int, ...] = tuple(range(10))
     size: int = 0  # training images, evenly from the classes; 0 takes all
     tail: float = 1.0  # images of the rarest class ÷ images of the most frequent
@@ -62,8 +61,6 @@ class Bed:
         place_of[list(self.classes)] = torch.arange(len(self.classes))
         truth = place_of[labels[kept]]
         given = truth.clone()
-        if data.difficulty is not None:  # 2: mislabelled when it was drawn
-            truth[torch.as_tensor(data.difficulty)[kept] == 2] = -1
         mislabelled = torch.randperm(len(truth), generator=generator)[: int(self.wrong * len(truth))]
         shift = torch.randint(1, len(self.classes), mislabelled.shape, generator=generator)
         given[mislabelled] = (given[mislabelled] + shift) % len(self.classes)
@@ -81,8 +78,8 @@ class Bed:
 
 @dataclass
 class Split:
-    """Images uint8 [N, 32, 32, 3] and labels int64 [N] to train on, the true labels (-1: not the given one,
-    and no other is known), scenes int64 [N] (the same for frames of one image), and the judges."""
+    """Images uint8 [N, 32, 32, 3] and labels int64 [N] to train on, the true labels, scenes int64 [N]
+    (the same for frames of one image), and the judges."""
 
     images: np.ndarray
     labels: torch.Tensor
@@ -193,13 +190,7 @@ for name in ("two-long", "long", "tail"):
     BEDS[f"{name}-gpu"] = replace(
         on_cpu, what=f"{on_cpu.what}, on a GPU", settings={**on_cpu.settings, "device": "cuda"}
     )
-BEDS["shapes"] = Bed(
-    "shapes, synthetic images of which 5 % are mislabelled, 16 epochs",
-    data="shapes",
-    settings={"epochs": 16, **RECIPE},
-)
 for percent in (10, 20, 40):
     BEDS[f"four-{percent}"] = replace(
         BEDS["four"], what=f"{BEDS['four'].what}, {percent} % of the labels wrong", wrong=percent / 100
     )
-BEDS["shapes-20"] = replace(BEDS["shapes"], what="shapes, a further 20 % of the labels wrong", wrong=0.2)

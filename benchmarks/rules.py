@@ -86,7 +86,7 @@ class SelectiveBackprop(ast.LiveGate):
     percentile among the recent ones; β = 1/a - 1 makes that a of them."""
 
     def select(
-        self, candidates: ast.Views, target: float, generator: torch.Generator
+        self, candidates: ast.Batch, target: float, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Keeps by chance, harder views more often; 2 random ones if none."""
         scores = self.score(candidates.images, candidates.labels).cpu()
@@ -106,7 +106,7 @@ class TopK(ast.LiveGate):
         self.owed = 0.0  # samples, the fraction carried to the next batch
 
     def select(
-        self, candidates: ast.Views, target: float, generator: torch.Generator
+        self, candidates: ast.Batch, target: float, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """The hardest; 2 random ones where none is due."""
         scores = self.score(candidates.images, candidates.labels).cpu()

@@ -1,5 +1,6 @@
 """Fixtures: the program under test is the very file that ships, imported by its path."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -82,13 +83,23 @@ def script(tmp_path):
     return Script(tmp_path)
 
 
+def at(event, number, action):
+    """A listener that calls `action` at the `number`th `event`."""
+    seen = itertools.count(1)
+    return lambda name, data: action() if name == event and next(seen) == number else None
+
+
 # --- what a run writes and reads ---
 
 
 def rows(out, timed=True):
     """The rows of a run's metrics.jsonl; without what a clock measured, if not `timed`."""
-    lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if timed or k not in TIMED} for line in lines]
+    found = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return found if timed else untimed(found)
+
+
+def untimed(rows):
+    return [{key: value for key, value in row.items() if key not in TIMED} for row in rows]
 
 
 def changes(out):
@@ -121,6 +132,14 @@ def write_images(folder, train=40, test=10, classes=("ant", "bee", "cow")):
 def small_nets(cifar, monkeypatch):
     """Networks that a test can afford, with batch norm and with dropout from torch's own generator."""
     monkeypatch.setattr(cifar, "build_model", small_net)
+
+
+@pytest.fixture(scope="module")
+def small_nets_throughout(cifar):
+    """The same for every test of a module, and for what its fixtures make."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cifar, "build_model", small_net)
+        yield
 
 
 def small_net(settings, data):

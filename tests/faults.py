@@ -2,7 +2,6 @@
 
     python tests/faults.py               # every fault; takes minutes, so the suite does not run it
     python tests/faults.py --only WORDS  # those with WORDS in their name
-    python tests/faults.py --list        # names and tests
 
 A copy of the repository gets one fault at a time, and only that fault's tests run there; once without any
 fault first, since a test that fails anyway catches nothing. `test_faults.py` holds that all still apply.
@@ -17,8 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -26,278 +24,217 @@ NEEDED = "standalone tests data_setup benchmarks docs notebooks build_notebooks.
 NEEDED += " requirements.txt requirements-dev.txt"
 PATIENCE = 600  # seconds for the tests of one fault
 
-# A name, then lines that begin with
+# A name > the fastest test that catches it; "gate ties" is the one of test_gate.py that begins with test_ties
 #   @  the program, where it is not cifar10_ast.py (of a shared cell either serves)
 #   -  the old line, which stands once in the program; how far it is indented does not matter
 #   +  the new line
-#   >  the fastest test that catches it; "gate ties" is test_ties of test_gate.py
 FAULTS = r"""
 # --- gate and memory ---
-significance: softmax over the samples, not over the classes
+significance: softmax over the samples, not over the classes > gate significance_is_what_a
 - return (logits.softmax(1) - F.one_hot(labels, logits.shape[1])).norm(dim=1)
 + return (logits.softmax(0) - F.one_hot(labels, logits.shape[1])).norm(dim=1)
-> gate significance_is_what_a_hand_computes_without_gradient
-memory: a tenth of the new value in place of half
+memory: a tenth of the new value in place of half > gate memory_halves_old_and
 - self.significance[indices] = torch.where(before.isinf(), values, 0.5 * values + 0.5 * before)
 + self.significance[indices] = torch.where(before.isinf(), values, 0.1 * values + 0.9 * before)
-> gate memory_halves_old_and_new_and_ignores_what_is_not_finite
-memory: ties count in full
+memory: ties count in full > gate unseen_samples_rank_highest
 - u = torch.from_numpy((below + upto) / (2 * len(reference))).float()
 + u = torch.from_numpy(upto / len(reference)).float()
-> gate unseen_samples_rank_highest_and_ties_share_a_rank
-guard: waits for one visit more than are counted
+guard: waits for one visit more than are counted > gate the_guard_lets_go
 - return torch.where(self.stuck[indices] >= self.VISITS, 0.5, u) if self.guard else u
 + return torch.where(self.stuck[indices] > self.VISITS, 0.5, u) if self.guard else u
-> gate the_guard_lets_go_of_a_sample_whose_loss_falls
-guard: holds a hard sample although its loss falls
+guard: holds a hard sample although its loss falls > gate the_guard_lets_go
 - stays = (values > self._top()) & (before.isinf() | (values >= self.FALL * before))
 + stays = values > self._top()
-> gate the_guard_lets_go_of_a_sample_whose_loss_falls
-gate: no floor below the easy samples
+gate: no floor below the easy samples > gate probability_rises_with_rank
 - return floor + (1 - floor) * torch.sigmoid((u - threshold) / temperature)
 + return (1 - floor) * torch.sigmoid((u - threshold) / temperature)
-> gate probability_rises_with_rank_and_never_falls_below_the_floor
-gate: what has waited may fill the whole choice
+gate: what has waited may fill the whole choice > gate a_raised_target_does
 - oldest = wait.topk(int(0.5 * target * len(candidates))).indices
 + oldest = wait.topk(int(target * len(candidates))).indices
-> gate a_raised_target_does_not_fill_the_choice_with_what_has_waited
-balance: max for min in the waiting time of a class
+balance: max for min in the waiting time of a class > gate balance_activates_as_many
 - self.class_wait = (even / self.sizes).clamp(max=1)  # a large class's turn comes round more slowly
 + self.class_wait = (even / self.sizes).clamp(min=1)  # a large class's turn comes round more slowly
-> gate balance_activates_as_many_of_every_class_the_significant_first
-live gate: measures against the oldest scores
+live gate: measures against the oldest scores > gate the_live_gate_holds
 - self.recent = torch.cat([self.recent, scores[finite]])[-self.RECENT :]
 + self.recent = torch.cat([self.recent, scores[finite]])[: self.RECENT]
-> gate the_live_gate_holds_the_rate_on_a_drifting_stream_and_takes_the_hardest
-live gate: takes a sample whose score is not finite
+live gate: takes a sample whose score is not finite > gate the_live_gate_holds
 - taken = (finite & above).nonzero().flatten()
 + taken = above.nonzero().flatten()
-> gate the_live_gate_holds_the_rate_on_a_drifting_stream_and_takes_the_hardest
 # --- controller ---
-controller: the correction has the wrong sign
+controller: the correction has the wrong sign > controller feedback_restores_the_rate
 - self.value = solved + (self.KP * self.error + self.integral) / min(slope, -1e-3)
 + self.value = solved - (self.KP * self.error + self.integral) / min(slope, -1e-3)
-> controller feedback_restores_the_rate_where_samples_are_lost
-controller: lost samples count as delivered
+controller: lost samples count as delivered > controller feedback_restores_the_rate
 - error = target - (activated - self.lost) / candidates
 + error = target - (activated + self.lost) / candidates
-> controller feedback_restores_the_rate_where_samples_are_lost
-controller: max for min in the room of the integral
+controller: max for min in the room of the integral > controller the_feedback_asks_for
 - room = min(target, 1 - target)  # anti-windup: ask for at most that much more or less
 + room = max(target, 1 - target)  # anti-windup: ask for at most that much more or less
-> controller the_feedback_asks_for_no_more_than_there_is
-controller: the pure loop winds up at its stop
+controller: the pure loop winds up at its stop > controller the_integral_does_not
 - elif self.stops[0] < self.value < self.stops[1] or self.error * (self.value - 0.5) > 0:
 + elif self.stops[0] < self.value < self.stops[1] or self.error * (self.value - 0.5) < 0:
-> controller the_integral_does_not_wind_up_while_the_threshold_is_at_its_stop
-controller: the smoothed error forgets what was before
+controller: the smoothed error forgets what was before > controller the_pure_loop_with
 - self.error += alpha * (error - self.error)
 + self.error = alpha * error
-> controller the_pure_loop_with_the_documented_gains_finds_its_target
-controller: a row shows the rate mirrored at the target
+controller: a row shows the rate mirrored at the target > controller the_feedback_asks_for
 - "ema": target - self.error,
 + "ema": target + self.error,
-> controller the_feedback_asks_for_no_more_than_there_is
 # --- selection and schedule ---
-selection: every chunk begins at the same phase
+selection: every chunk begins at the same phase > controller every_epoch_meets_its
 - return torch.from_numpy(taken), float(edges[-1]) % 1.0 if len(p) else phase
 + return torch.from_numpy(taken), phase
-> controller every_epoch_meets_its_target_and_undisturbed_the_feedback_stays_zero
-random gate: the fraction is not carried to the next chunk
+random gate: the fraction is not carried to the next chunk > gate random_realises_given_counts
 - self.owed -= count
 + self.owed = 0.0
-> gate random_realises_given_counts_exactly
-threshold: the bracket closes from the wrong side
+threshold: the bracket closes from the wrong side > gate the_solved_threshold_meets
 - low, high = (threshold, high) if excess > 0 else (low, threshold)
 + low, high = (threshold, high) if excess < 0 else (low, threshold)
-> gate the_solved_threshold_meets_the_count
-schedule: the anneal begins an epoch late
+schedule: the anneal begins an epoch late > controller phases_follow_one_another
 - return "anneal" if epoch >= self.epochs - self.anneal else "sparse"
 + return "anneal" if epoch > self.epochs - self.anneal else "sparse"
-> controller phases_follow_one_another_and_end_full
-schedule: the ramp begins an epoch late
+schedule: the ramp begins an epoch late > trainer listeners_are_told_in
 - t = (epoch - self.warmup + 1) / (self.ramp + 1)
 + t = (epoch - self.warmup) / (self.ramp + 1)
-> trainer listeners_are_told_in_order_what_the_run_does
-schedule: the learning rate jumps down after its rise
+schedule: the learning rate jumps down after its rise > controller the_learning_rate_is
 - return 0.2 + 4.0 * progress if progress < 0.2 else (1 - progress) / 0.8
 + return 0.2 + 4.0 * progress if progress < 0.2 else 1 - progress
-> controller the_learning_rate_is_continuous_and_ends_at_zero
 # --- ledger, FLOPs and joules ---
-unit energy: the activated are charged as skipped as well
+unit energy: the activated are charged as skipped as well > ledger unit_energy_is_ten
 - return UNIT_ACTIVATED * self.activated + UNIT_SKIPPED * (self.candidates - self.activated)
 + return UNIT_ACTIVATED * self.activated + UNIT_SKIPPED * self.candidates
-> ledger unit_energy_is_ten_for_the_activated_and_a_tenth_for_the_skipped
-ledger: after a charge nobody pays
+ledger: after a charge nobody pays > ledger every_second_and_joule
 - self.switch(before)
 + self.switch(None)
-> ledger every_second_and_joule_goes_to_one_phase_only
-ledger: joules of the last stretch only
+ledger: joules of the last stretch only > ledger every_second_and_joule
 - cost.joules = (cost.joules or 0.0) + now[1] - self.since[1]
 + cost.joules = now[1] - self.since[1]
-> ledger every_second_and_joule_goes_to_one_phase_only
-FLOPs: of a batch, not of a sample
+FLOPs: of a batch, not of a sample > ledger flops_of_simple_cnn
 - return counter.get_total_flops() / len(images), sorted(counter.uncounted), logits
 + return counter.get_total_flops(), sorted(counter.uncounted), logits
-> ledger flops_of_simple_cnn_are_what_a_hand_counts
-joules: the last power for the whole interval
+joules: the last power for the whole interval > ledger without_a_counter_power
 - self.total += (now - before) * 0.5 * (last + power)
 + self.total += (now - before) * power
-> ledger without_a_counter_power_is_polled_at_ten_hertz_or_more_until_that_fails_too
-ledger: the scoring pass is charged to the phase
+ledger: the scoring pass is charged to the phase > trainer the_live_gate_reads
 - with trainer.ledger.charge("scoring"):
 + with trainer.ledger.charge(trainer.phase):
-> trainer the_live_gate_reads_every_candidate_and_charges_its_scoring
 # --- one step ---
-step: buffers that are not finite are not looked at
+step: buffers that are not finite are not looked at > step a_step_where_something
 - ok = norm.isfinite() & after.isfinite().all().to(norm.device)
 + ok = norm.isfinite()
-> step a_step_where_something_is_not_finite_is_as_if_never_taken
-step: the mean over a part, not over the batch
+step: the mean over a part, not over the batch > step a_step_in_halves
 - scaler.scale((torch.where(finite, losses, 0) * weights).sum() / count).backward()
 + scaler.scale((torch.where(finite, losses, 0) * weights).mean()).backward()
-> step a_step_in_halves_has_the_losses_scores_and_gradients_of_the_whole_batch
-step: a score stays where the loss is not finite
+step: a score stays where the loss is not finite > step a_sample_whose_loss
 - return losses, torch.where(losses.isfinite(), scores, math.nan), taken
 + return losses, scores, taken
-> step a_sample_whose_loss_is_not_finite_has_no_score
-out of memory: a step done again counts its batch twice
+out of memory: a step done again counts its batch twice > step a_step_that_is
 - put_back(float_buffers(model), before)
 + put_back(float_buffers(model), joined(float_buffers(model)))
-> step a_step_that_is_done_again_counts_its_batch_once_in_batch_norm
-out of memory: a sample may be left alone
+out of memory: a sample may be left alone > step parts_fit_miss_nothing
 - parts = max(1, min(math.ceil(count / self.limit), count // 2))  # batch norm needs two
 + parts = max(1, min(math.ceil(count / self.limit), count))  # batch norm needs two
-> step parts_fit_miss_nothing_leave_no_sample_alone_and_are_learned_once
-evaluation: frozen batch norm thaws
+evaluation: frozen batch norm thaws > step evaluating_gives_every_module
 - module.training = flag
 + module.training = True
-> step evaluating_gives_every_module_its_own_flag_back
 # --- the loop ---
-loop: the gate is asked with less than two batches in hand
+loop: the gate is asked with less than two batches in hand > sources the_gate_is_asked
 - while len(indices) < 2 * size and tally.candidates < len(order):
 + while len(indices) < size and tally.candidates < len(order):
-> sources the_gate_is_asked_only_when_its_batches_are_due
-loop: what is chosen after the loader are other samples' images
+loop: what is chosen after the loader are other samples' images > sources every_activated_sample_is
 - rows = order[torch.searchsorted(self.indices[order], indices.contiguous())]
 + rows = torch.searchsorted(self.indices[order], indices)
-> sources every_activated_sample_is_trained_on_once_in_full_batches
-loop: packing leaves a short last batch
+loop: packing leaves a short last batch > sources every_activated_sample_is
 - full, held = held.cut(batch_length(len(held), size))
 + full, held = held.cut(size)
-> sources every_activated_sample_is_trained_on_once_in_full_batches
-loop: epochs without a gate count as chosen
+loop: epochs without a gate count as chosen > trainer results_follow_from_the
 - self.times_activated[indices] += self.rate < 1
 + self.times_activated[indices] += 1
-> trainer results_follow_from_the_epochs
-progress: the epoch in hand counts twice
+progress: the epoch in hand counts twice > trainer progress_never_goes_back
 - later = trainer.schedule.steps(trainer.epoch + 1, trainer.target, tally.n, size)
 + later = trainer.schedule.steps(trainer.epoch, trainer.target, tally.n, size)
-> trainer progress_never_goes_back_and_ends_at_one_whatever_is_dragged
-progress: waits for samples that cannot be read
-- self.tally.waiting -= len(batch) + len(batch.missing)
-+ self.tally.waiting -= len(batch)
-> sources unreadable_samples_are_lost_to_the_gate_and_not_asked_for_again
+progress: waits for samples that cannot be read > sources unreadable_samples_are_lost
+- trainer.tally.waiting -= len(batch) + len(batch.missing)
++ trainer.tally.waiting -= len(batch)
 # --- resume and checkpoints ---
-resume: progress begins again
+resume: progress begins again > resume a_trainer_goes_on
 - KEPT = ("readable", "times_activated", "rows", "changes", "progress", "flops", "uncounted")
 + KEPT = ("readable", "times_activated", "rows", "changes", "flops", "uncounted")
-> resume a_trainer_goes_on_from_the_end_of_any_epoch_to_the_same_bits
-resume: the gate forgets the phase of its selection
+resume: the gate forgets the phase of its selection > gate a_gate_restored_from
 - self.clock, self.phase = state["clock"], state["phase"]
 + self.clock = state["clock"]
-> gate a_gate_restored_from_its_state_goes_on_alike
-resume: views are drawn with the state of the order's generator
+resume: views are drawn with the state of the order's generator > resume cut_at_any_moment
 - trainer.train_source.generator.set_state(state["generators"][1])
 + trainer.train_source.generator.set_state(state["generators"][0])
-> resume cut_at_any_moment_and_resumed_a_run_ends_as_if_nobody_had_cut_it
-resume: how much memory has room for is not saved
+resume: how much memory has room for is not saved > resume what_a_person_set
 - "limit": trainer.in_parts.limit,
 + "limit": math.inf,
-> resume what_a_person_set_and_what_was_learned_of_the_data_and_of_memory_go_on
-checkpoints: the one before the newest is not kept
+checkpoints: the one before the newest is not kept > resume a_checkpoint_comes_back
 - for old in there[:-1]:
 + for old in there:
-> resume a_checkpoint_comes_back_as_it_was_and_two_are_kept
-checkpoints: a cut epoch that is trained again costs nothing
+checkpoints: a cut epoch that is trained again costs nothing > resume what_a_cut_epoch
 - repeated.seconds += now.seconds - before.seconds
 + repeated.seconds += 0.0
-> resume what_a_cut_epoch_cost_counts_as_repeated
 # --- data and sources ---
-views: an edge is repeated, not reflected
+views: an edge is repeated, not reflected > run a_view_is_the
 - return torch.where(index < size, index, 2 * (size - 1) - index)
 + return torch.where(index < size, index, 2 * size - 1 - index)
-> run a_view_is_the_image_shifted_by_up_to_four_pixels_and_maybe_mirrored_by_its_generator_alone
-subset: the first that come, whatever their classes
+subset: the first that come, whatever their classes > data a_subset_is_as
 - return np.sort(order[np.argsort(turn[order], kind="stable")[:size]])
 + return np.sort(order[:size])
-> data a_subset_is_as_even_as_the_classes_allow
-sources: one percent unreadable is too many already
+sources: one percent unreadable is too many already > sources up_to_one_percent
 - if len(unreadable) > 0.01 * count:
 + if len(unreadable) >= 0.01 * count:
-> sources up_to_one_percent_unreadable_samples_are_dropped_and_counted_once
-photographs: width and height of the box are mixed up
+photographs: width and height of the box are mixed up > photos boxes_lie_in_the
 @ imagenet100_ast.py
 - left, top = int(across * (width - w + 1)), int(down * (height - h + 1))
 + left, top = int(across * (width - h + 1)), int(down * (height - w + 1))
-> photos boxes_lie_in_the_picture
-photographs: the second of a class is set aside as well
+photographs: the second of a class is set aside as well > photos a_single_folder_of
 @ imagenet100_ast.py
 - split = "val" if place * share % 1000 < share else "train"
 + split = "val" if place * share % 1000 <= share else "train"
-> photos a_single_folder_of_classes_is_split_by_class
-recipe: a last layer that fits is hurried like a new one
+recipe: a last layer that fits is hurried like a new one > finetuning a_new_head_on
 @ imagenet100_ast.py
 - faster = HEAD_RATE if new and getattr(model, "new_head", False) else 1
 + faster = HEAD_RATE if new else 1
-> finetuning a_new_head_on_pretrained_weights_learns_faster_than_the_rest
 # --- pump, dashboard and pictures ---
-pump: a front end is told that its slider is still in hand
+pump: a front end is told that its slider is still in hand > kernels a_front_end_is[newest]
 - self.kernel._publish_status("idle", "shell", message)
 + self.kernel._publish_status("busy", "shell", message)
-> kernels a_front_end_is_told_at_once_that_a_slider_was_heard[newest-cifar10_ast]
-dashboard: nobody may change their mind before a wish is taken up
+dashboard: nobody may change their mind before a wish is taken up > dashboard a_person_may_change
 - if self.controls.asked or new != self.controls.values[control]:
 + if new != self.controls.values[control]:
-> dashboard a_person_may_change_their_mind_before_anything_is_applied
-pictures: the rate is the mean since the start
+pictures: the rate is the mean since the start > pictures a_history_of_results
 - now["rate"] = (now["activated"] - before["activated"]) / (now["candidates"] - before["candidates"])
 + now["rate"] = now["activated"] / now["candidates"]
-> pictures a_history_of_results_tells_what_the_events_told
-pictures: of several seeds the first one's are drawn
+pictures: of several seeds the first one's are drawn > pictures of_several_seeds_the
 - draw_panels(figure, [h for h in histories if h.seed == histories[-1].seed], panels)
 + draw_panels(figure, [h for h in histories if h.seed == histories[0].seed], panels)
-> pictures of_several_seeds_the_last_ones_runs_are_drawn
 # --- run, report, flags, settings ---
-run: the file of events is not told of a change
+run: the file of events is not told of a change > resume a_stop_is_no
 - if event in ("start", "epoch", "control"):
 + if event in ("start", "epoch"):
-> resume a_stop_is_no_change_that_could_be_dropped
-report: a run that was cut counts in the means
+report: a run that was cut counts in the means > resume a_run_that_was
 - results = [r for r in results if r["complete"]] or results
 + results = [r for r in results if r["epochs"]]
-> resume a_run_that_was_cut_counts_in_no_mean_and_in_no_comparison
-flags: the profile beats what a person typed
+flags: the profile beats what a person typed > finetuning a_profile_sets_what
 @ imagenet100_ast.py
 - settings = replace(settings, **(profile | values))
 + settings = replace(settings, **(values | profile))
-> finetuning a_profile_sets_what_nobody_else_did_and_bad_values_are_refused
-settings: an interval leaves out its upper end
+settings: an interval leaves out its upper end > controller feedback_restores_the_rate
 - inside = low < value < high or (bound[0], value) == ("[", low) or (bound[-1], value) == ("]", high)
 + inside = low < value < high or (bound[0], value) == ("[", low)
-> controller feedback_restores_the_rate_where_samples_are_lost
 """
 
 
 @dataclass
 class Fault:
-    """A slip of one line, and the tests that are to catch it."""
+    """A slip of one line, and the test that is to catch it."""
 
     name: str
+    test: str
     program: str = "cifar10_ast.py"
     old: str = ""
     new: str = ""
-    tests: list[str] = field(default_factory=list)
 
     def into(self, text: str) -> str:
         """A program's text with the fault. Raises ValueError unless the old line is in it once."""
@@ -314,17 +251,25 @@ def read(text: str = FAULTS) -> list[Fault]:
     faults: list[Fault] = []
     for line in text.strip().splitlines():
         mark, _, rest = line.partition(" ")
-        if mark == ">":
-            file, _, test = rest.partition(" ")
-            faults[-1].tests.append(f"tests/test_{file}.py::test_{test}")
-        elif mark in ("@", "-", "+"):
+        if mark in ("@", "-", "+"):
             setattr(faults[-1], {"@": "program", "-": "old", "+": "new"}[mark], rest)
         elif mark != "#":
-            faults.append(Fault(line))
+            name, _, test = line.rpartition(" > ")
+            faults.append(Fault(name, test_of(*test.split(" "))))
     return faults
 
 
-def outcome(folder: Path, tests: Iterable[str]) -> tuple[int, str]:
+def test_of(file: str, words: str) -> str:
+    """The id of the only test of a file that begins with these words. Raises ValueError for none or more."""
+    start, bracket, case = words.partition("[")
+    path = f"tests/test_{file}.py"
+    found = re.findall(rf"^def (test_{start}\w*)", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE)
+    if len(found) != 1:
+        raise ValueError(f"{path}: expected one test that begins with test_{start}, found {found}")
+    return f"{path}::{found[0]}{bracket}{case}"
+
+
+def outcome(folder: Path, *tests: str) -> tuple[int, str]:
     """pytest's exit status in a copy of the repository, and the test that failed, or else its last words."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
@@ -346,7 +291,7 @@ def tried(fault: Fault, folder: Path) -> tuple[int, str]:
         program.write_text(fault.into(whole[program]), encoding="utf-8")
         old, new = (json.dumps(line)[1:-1] for line in (fault.old, fault.new))
         notebook.write_text(whole[notebook].replace(old, new), encoding="utf-8")
-        return outcome(folder, fault.tests)
+        return outcome(folder, fault.test)
     except ValueError as error:
         return 2, str(error)
     finally:
@@ -357,16 +302,12 @@ def tried(fault: Fault, folder: Path) -> tuple[int, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", metavar="WORDS", default="", help="faults with these words in their name")
-    parser.add_argument("--list", action="store_true", help="names and tests, without a run")
-    options, began, caught = parser.parse_args(), time.monotonic(), 0
-    faults = [fault for fault in read() if options.only in fault.name]
-    if options.list:
-        print("\n".join(f"{fault.name}\n    {' '.join(fault.tests)}" for fault in faults))
-        return 0
+    only, began, caught = parser.parse_args().only, time.monotonic(), 0
+    faults = [fault for fault in read() if only in fault.name]
     with tempfile.TemporaryDirectory() as name:
         for path in (ROOT / needed for needed in NEEDED.split()):
             (shutil.copytree if path.is_dir() else shutil.copy)(path, Path(name) / path.name)
-        status, words = outcome(Path(name), sorted({test for fault in faults for test in fault.tests}))
+        status, words = outcome(Path(name), *sorted({fault.test for fault in faults}))
         if status:
             print(f"without any fault, {words}: mend that first")
             return 1

@@ -29,11 +29,11 @@ from types import ModuleType
 
 import numpy as np
 import torch
+from conftest import rows, untimed
 from torch import nn
 
 HERE = Path(__file__).parent
 RECORD = HERE / "golden.json"
-TIMED = {"seconds", "scoring_seconds", "elapsed_seconds", "data_wait_percent"}
 TOTALS = ("candidates", "activated", "flops", "unit_energy", "energy_savings")
 CHANGES = ("control", "candidates", "set_at", "old", "new")
 
@@ -57,8 +57,6 @@ CASES: dict[str, dict] = {
 }
 RUN = "a whole run"
 NAMES = (*CASES, RUN)
-
-# --- what is trained on ---
 
 SHARES = np.array([40, 25, 14, 9, 7, 5])  # percent of the samples in each class
 
@@ -86,9 +84,6 @@ def small_net() -> nn.Module:
         *(nn.Conv2d(8, 16, 3, stride=2, bias=False), nn.BatchNorm2d(16), nn.ReLU()),
         *(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, len(SHARES))),
     )
-
-
-# --- playing a case ---
 
 
 def play(program: ModuleType, name: str) -> dict:
@@ -123,17 +118,10 @@ def play_trainer(program: ModuleType, case: dict) -> dict:
             while by_hand:
                 controls.set(*by_hand.popitem())
 
-    trainer = program.AdaptiveSparseTrainer(
-        model,
-        arrays(600, seed=1),
-        arrays(200, seed=2),
-        program.ASTConfig(**case),
-        torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4),
-        rates=rates,
-        seed=5,
-        listeners=[listen],
-        controls=controls,
-    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    given = model, arrays(600, seed=1), arrays(200, seed=2), program.ASTConfig(**case), optimizer
+    options = {"rates": rates, "seed": 5, "listeners": [listen], "controls": controls}
+    trainer = program.AdaptiveSparseTrainer(*given, **options)
     observe = trainer.gate.observe
 
     def told(indices: torch.Tensor, losses: torch.Tensor) -> None:
@@ -143,10 +131,9 @@ def play_trainer(program: ModuleType, case: dict) -> dict:
     trainer.gate.observe = told
     results = trainer.train()
     weights = b"".join(value.numpy().tobytes() for value in model.state_dict().values())
+    epochs = zip(untimed(results["epochs"]), hashes, strict=True)
     return {
-        "epochs": [
-            untimed(row) | {"choices": found} for row, found in zip(results["epochs"], hashes, strict=True)
-        ],
+        "epochs": [row | {"choices": found} for row, found in epochs],
         "changes": changes,
         "totals": {key: results[key] for key in TOTALS},
         "weights": hashlib.sha256(weights).hexdigest(),
@@ -159,19 +146,9 @@ def play_run(program: ModuleType) -> dict:
         settings = replace(program.Settings(), data="shapes", train_size=600, epochs=3, batch_size=32)
         settings = replace(settings, compare="full,random,short", out=out, device="cpu", amp="off")
         program.run(settings, listeners=[], say=lambda line: None)
-        lines = (Path(out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         times = np.load(Path(out) / "samples.npz")["times_activated"].astype("<i8").tobytes()
-    return {
-        "epochs": [untimed(json.loads(line)) for line in lines],
-        "times_activated": hashlib.sha256(times).hexdigest(),
-    }
+        return {"epochs": rows(out, timed=False), "times_activated": hashlib.sha256(times).hexdigest()}
 
-
-def untimed(row: dict) -> dict:
-    return {key: value for key, value in row.items() if key not in TIMED}
-
-
-# --- comparing ---
 
 PLANNED = ("policy", "seed", "epoch", "phase", "candidates", "target_activation")  # hang on no loss
 # Absolute, elsewhere 1e-3: two of 200 images, in percent; and for θ a few of 600 ranks.
@@ -228,9 +205,6 @@ def machine() -> dict[str, str]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
     }
-
-
-# --- the record ---
 
 
 def load() -> dict:

@@ -1,5 +1,6 @@
 """Environments with the versions that Colab and Kaggle serve; all else, torch above all, is this one's."""
 
+import json
 import subprocess
 import sys
 import sysconfig
@@ -18,6 +19,12 @@ LAB_WIDGETS = {"colab": "jupyterlab_widgets==1.1.11", "kaggle": "jupyterlab_widg
 def version(stack: str, package: str) -> str | None:
     """The version of a package that a stack asks for."""
     return dict(name.split("==") for name in STACKS[stack].split() if "==" in name).get(package)
+
+
+def kernel_spec(python: Path, name: str) -> str:
+    """The content of a kernel.json."""
+    argv = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    return json.dumps({"argv": argv, "display_name": name, "language": "python"})
 
 
 def interpreter(stack: str, home: Path, *more: str) -> Path:

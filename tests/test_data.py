@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import pickle
 import shutil
 import socket
 import tarfile
 import threading
 import zipfile
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageDraw
 from torchvision.datasets import CIFAR10
 
 examples = settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
@@ -120,15 +122,40 @@ def test_shapes_repeat_from_their_seed_and_hold_the_stated_shares(cifar, n_train
     assert 0 <= data.train_labels.min() <= data.train_labels.max() < len(data.classes)
 
 
-def test_shapes_mislabel_exactly_the_samples_marked_so(cifar, monkeypatch):
-    drawn, draw = [], cifar.draw
-    monkeypatch.setattr(
-        cifar, "draw", lambda rng, kinds, hard: drawn.append(+kinds) or draw(rng, kinds, hard)
-    )
+def test_shapes_mislabel_exactly_the_samples_marked_so_and_draw_them_easy(cifar, monkeypatch):
+    kinds = {id(figure): kind for kind, figure in enumerate(cifar.FIGURES.values())}
+
+    def draw(rng, figure, hard):
+        return np.full((32, 32, 3), kinds[id(figure)] + 100 * hard, np.uint8)
+
+    monkeypatch.setattr(cifar, "draw", draw)
     data = cifar.shapes(1200, 100)
-    truth = np.concatenate(drawn)
-    assert np.array_equal(truth[:1200] != data.train_labels, data.difficulty == 2)
-    assert np.array_equal(truth[1200:], data.val_labels)
+    hard, truth = np.divmod(data.train_images[:, 0, 0, 0], 100)
+    assert np.array_equal(truth != data.train_labels, data.difficulty == 2)
+    assert np.array_equal(hard == 1, data.difficulty == 1)
+    hard, truth = np.divmod(data.val_images[:, 0, 0, 0], 100)
+    assert np.array_equal(truth, data.val_labels) and hard.sum() == 35
+
+
+def test_no_figure_is_like_another_nor_like_its_mirror_image(cifar):
+    def filled(figure):
+        picture = Image.new("1", (200, 200))
+        ImageDraw.Draw(picture).polygon((100 + 100j + 80 * figure).view(float).tolist(), 1)
+        return np.asarray(picture)
+
+    pictures = [filled(figure) for figure in cifar.FIGURES.values()]
+    assert len(pictures) == 10
+    for one, other in itertools.combinations(pictures, 2):
+        for picture in (other, other[:, ::-1]):
+            assert (one & picture).sum() < 0.9 * (one | picture).sum()
+
+
+@pytest.mark.slow
+def test_two_epochs_of_plain_training_on_a_few_shapes_go_far_beyond_chance(cifar, tmp_path):
+    plain = replace(cifar.Settings(), data="shapes", train_size=4000, gate="full", compare="none", epochs=2)
+    plain = replace(plain, batch_size=64, device="cpu", out=str(tmp_path / "out"))
+    found = cifar.run(plain, listeners=[], say=lambda line: None)
+    assert found["policies"]["full"]["final_accuracy"] > 40
 
 
 @examples
@@ -401,9 +428,9 @@ def test_auto_goes_on_with_shapes_where_a_download_fails(cifar, tmp_path, server
     server(kind)
     data, notices = load(cifar, "auto", tmp_path / "data", size=10)
     assert (data.synthetic, len(notices)) == (True, 2 if kind in ("silent", "missing") else 3)
-    assert f"{kind}/{ARCHIVE}" in notices[-2]
+    assert notices[-2].startswith("CIFAR-10 could not be downloaded: ")
     assert ("time" in notices[-2].lower()) == (kind in ("silent", "stall"))
-    assert notices[-1].startswith("NO CIFAR-10, going on with SYNTHETIC `shapes`: ")
+    assert notices[-1].startswith("NO CIFAR-10, so SYNTHETIC `shapes`")
     server("good")  # what was cut short is no hindrance
     assert load(cifar, "auto", tmp_path / "data")[0].name == "cifar10"
 

@@ -83,7 +83,7 @@ def refused(tmp_path, monkeypatch, capfd, small_nets):
         ("--ema 0.99", "unrecognized arguments: --ema 0.99"),
         ("stray", "unrecognized arguments: stray"),
         ("--data no/such/place", "--data no/such/place: no whole cifar-10-batches-py"),
-        ("--data shapes --train-size 3", "--train-size 3: expected 0 (12,000) or 10 and more"),
+        ("--data shapes --train-size 3", "--train-size 3: expected 0 (6,000) or 10 and more"),
         (
             "--epochs 2 --warmup-epochs 5 --data shapes",
             "warm-up 5, ramp 0, anneal 0: expected at most 2 epochs",

@@ -1,16 +1,20 @@
 """Fine-tuning: weights, models, views, the recipe, the linear probe, profiles, and whole runs."""
 
+import argparse
 import json
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections import defaultdict
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torchvision
 from conftest import ROOT
@@ -90,15 +94,54 @@ def test_a_download_goes_to_the_cache_and_is_checked(imagenet, tmp_path, publish
     assert asked == [(f"https://download.pytorch.org/models/{PUBLISHED}", cached, "f37072fd")]
 
 
-WRAPPED = [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": s}]
-WRAPPED += [lambda s: {"module." + key: value for key, value in s.items()}]
+def under(*prefixes):
+    """A state dict whose names all stand behind each of the prefixes; behind the first are the right ones."""
+    return lambda s: {p + key: v if p == prefixes[0] else 0 * v for p in prefixes for key, v in s.items()}
 
 
-@pytest.mark.parametrize("old_format", [False, True])
-@pytest.mark.parametrize("wrapped", WRAPPED)
-def test_a_file_gives_all_but_the_head_and_says_what_is_new(imagenet, tmp_path, wrapped, old_format):
-    path, theirs, said = tmp_path / "mine.pt", resnet18(), []
-    torch.save(wrapped(theirs.state_dict()), path, _use_new_zipfile_serialization=not old_format)
+def trained(state):
+    """What a training program may keep beside the weights: none of it is read, and no code of it run."""
+    optimizer = {"state": {i: {"exp_avg": torch.zeros(2)} for i in range(99)}, "param_groups": [{"lr": 0.1}]}
+    beside = {"args": argparse.Namespace(lr=1, out=Path("x")), "best_acc1": np.float64(71.3), "code": Evil()}
+    return {"epoch": 3, "optimizer": optimizer, **beside, "callbacks": {"Ema": {"weights": state}}}
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("code of the file ran",))
+
+
+WRAPPED = {name: lambda s, name=name: {"epoch": 3, name: s} for name in ("state_dict", "model", "net", "ema")}
+WRAPPED |= {"nothing": lambda s: s, "a training program": trained}
+WRAPPED |= {
+    "compiled": under("_orig_mod."),
+    "in parallel": under("module."),
+    "both": under("_orig_mod.module."),
+}
+WRAPPED |= {"Lightning": lambda s: {"state_dict": under("model.")(s) | {"loss.weight": torch.ones(10)}}}
+WRAPPED |= {
+    "two networks": under("student.", "teacher."),
+    "EMA": lambda s: {"model_ema": under("module.")(s)},
+}
+
+
+def save_old(content, path):
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+def save_tensors(content, path):
+    safetensors.torch.save_file(content, path)
+
+
+SAVED = [(torch.save, ".pth", name) for name in WRAPPED]
+SAVED += [(save_old, ".pt", name) for name in ("nothing", "model", "in parallel")]
+SAVED += [(save_tensors, ".safetensors", name) for name in ("nothing", "compiled")]
+
+
+@pytest.mark.parametrize("save,suffix,name", SAVED)
+def test_a_file_gives_all_but_the_head_and_says_what_is_new(imagenet, tmp_path, capfd, save, suffix, name):
+    path, theirs, said = tmp_path / f"mine{suffix}", resnet18(), []
+    save(WRAPPED[name](theirs.state_dict()), path)
     model = build(imagenet, weights=str(path), say=said.append)
     assert torch.equal(model.conv1.weight, theirs.conv1.weight)
     assert torch.equal(model.bn1.running_var, theirs.bn1.running_var)
@@ -106,6 +149,14 @@ def test_a_file_gives_all_but_the_head_and_says_what_is_new(imagenet, tmp_path, 
     same = build(imagenet, 1000, weights=str(path), say=said.append)
     assert torch.equal(same.fc.weight, theirs.fc.weight), "a head that fits is kept"
     assert said[1] == f"weights: {path}"
+    assert "code of the file ran" not in capfd.readouterr().out
+
+
+def test_without_safetensors_its_files_are_refused_by_name(imagenet, tmp_path, monkeypatch):
+    save_tensors(resnet18().state_dict(), tmp_path / "bad.safetensors")
+    monkeypatch.setattr(imagenet.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(imagenet.BadInput, match=r"^[^\n]+ pip install safetensors[^\n]+$"):
+        build(imagenet, weights=str(tmp_path / "bad.safetensors"))
 
 
 @pytest.mark.parametrize("name", ["densenet121", "mnasnet0_5"])
@@ -131,28 +182,43 @@ def test_weights_and_data_that_a_run_would_move_away_are_refused(imagenet, tmp_p
         imagenet.load_data(replace(settings, data=str(out / "images"), weights="none"), print)
 
 
-class Evil:
-    def __reduce__(self):
-        return (print, ("code of the file ran",))
+def write_text(content, path):
+    path.write_text(content)
 
 
-BAD_WEIGHTS = {
-    "absent": lambda path: None,
-    "text": lambda path: path.write_text("no weights"),
-    "empty": lambda path: path.write_bytes(b""),
-    "code": lambda path: torch.save({"conv1.weight": Evil()}, path),
-    "another model's": lambda path: torch.save(torchvision.models.squeezenet1_0().state_dict(), path),
-    "no tensors": lambda path: torch.save([{"epoch": 3}], path),
-    "truncated": lambda path: path.write_bytes(path.with_name(PUBLISHED).read_bytes()[:100_000]),
+BAD_WEIGHTS = {  # what is in the file, how it was written, and what is said of it
+    "absent": (None, lambda content, path: None, "No such file"),
+    "text": ("no weights", write_text, ""),
+    "empty": ("", write_text, ""),
+    "code": ({"conv1.weight": Evil()}, torch.save, "no state dict, but builtins.print"),
+    "a whole model": (torch.nn.Sequential(torch.nn.Linear(2, 3)), torch.save, "container.Sequential"),
+    "a dict of its own": ({"args": defaultdict(list, {"a": [1]})}, torch.save, "collections.defaultdict"),
+    "another model's": (torchvision.models.squeezenet1_0().state_dict(), torch.save, "such as features.0."),
+    "another library's": (
+        under("blocks.")({"norm": torch.ones(3)}),
+        torch.save,
+        "holds 1 tensors, such as blocks",
+    ),
+    "no tensors": ([{"epoch": 3}], torch.save, "no state dict, but list"),
+    "objects of long ago": (Evil(), save_old, "GLOBAL print"),
+    "truncated": (None, lambda content, path: shutil.copy(path.with_name(PUBLISHED), path), ""),
+    "no safetensors": ("no weights", write_text, ""),
 }
 
 
 @pytest.mark.parametrize("kind", BAD_WEIGHTS)
-def test_bad_weights_are_refused_in_one_sentence(imagenet, tmp_path, published, kind, capfd):
-    shutil.copy(published, tmp_path)
-    BAD_WEIGHTS[kind](tmp_path / "bad.pt")
-    with pytest.raises(imagenet.BadInput, match=r"^--weights [^\n]+/bad\.pt: [^\n]+ or none[^\n]+$"):
-        build(imagenet, weights=str(tmp_path / "bad.pt"))
+def test_bad_weights_are_refused_in_one_sentence_that_names_what_is_there(
+    imagenet, tmp_path, published, kind, capfd
+):
+    content, save, told = BAD_WEIGHTS[kind]
+    (tmp_path / PUBLISHED).write_bytes(published.read_bytes()[:100_000])
+    path = tmp_path / ("bad.safetensors" if kind == "no safetensors" else "bad.pt")
+    save(content, path)
+    with pytest.raises(
+        imagenet.BadInput, match=r"^--weights [^\n]+/bad\.[^\n]+: [^\n]+ or none[^\n]+$"
+    ) as error:
+        build(imagenet, weights=str(path))
+    assert told in str(error.value)
     assert "code of the file ran" not in capfd.readouterr().out
 
 
@@ -278,6 +344,10 @@ def test_a_profile_sets_what_nobody_else_did_and_bad_values_are_refused(imagenet
     variables = {"AST_TARGET_ACTIVATION": "0.25", "AST_PROFILE": "efficiency"}
     assert target(environment=variables) == 0.25
     assert target(profile="efficiency", target_activation=0.5) == 0.5
+    assert target("--profile", "efficiency", target_activation=0.5) == 0.5
+    assert target("--profile", "efficiency", environment={"AST_TARGET_ACTIVATION": "0.25"}) == 0.25
+    assert imagenet.parse(imagenet.Settings(), ["--profile", "efficiency"], {}).warmup_epochs == 1
+    assert target("--profile", "accuracy", profile="efficiency") == 0.4
     for bad in ("image-size 4", "workers 0", "val-fraction 1", "compare shorter", "profile fast"):
         with pytest.raises(imagenet.BadInput, match=rf"^--{bad}[.0]*: expected [^\n]+$"):
             target(*f"--{bad}".split())
@@ -368,7 +438,8 @@ def test_stopped_in_mid_epoch_and_resumed_by_other_threads_it_ends_the_same(imag
     assert not run(imagenet, folder, tmp_path / "cut", controls, [stop], workers=2, **values)["complete"]
     resumed = run(imagenet, folder, tmp_path / "cut", resume=True, workers=3, **values)
     assert resumed["complete"]
-    ours, theirs = (torch.load(tmp_path / out / "model.pt", weights_only=True) for out in ("cut", "whole"))
+    models = (torch.load(tmp_path / out / "model.pt", weights_only=True) for out in ("cut", "whole"))
+    ours, theirs = (model["state_dict"] for model in models)
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     assert resumed["policies"]["ast"]["accuracy_per_seed"] == whole["policies"]["ast"]["accuracy_per_seed"]
 

@@ -28,11 +28,16 @@ def drive(gate, n, epochs, target, generator, loss, lose=0.0):
             yield indices, lost
 
 
+def taught(loss, **config):
+    """A gate that remembers these losses."""
+    gate = ast.RememberedGate(ast.ASTConfig(**config), len(loss))
+    gate.observe(torch.arange(len(loss)), loss)
+    return gate
+
+
 def counts(n, chosen):
     return torch.cat([indices for indices, _ in chosen]).bincount(minlength=n).float()
 
-
-# --- significance and memory ---
 
 LOGITS = torch.tensor([[2.0, 0.0, -1.0], [0.0, 0.0, 0.0]])
 IMAGES = torch.stack([torch.zeros(4), torch.tensor([1.0, 3.0, 1.0, 3.0])])
@@ -77,8 +82,7 @@ def test_memory_takes_at_most_16_bytes_a_sample():
 @pytest.mark.parametrize("guard", [True, False])
 def test_the_guard_keeps_the_gate_from_living_on_what_never_gets_easier(generator, guard):
     n, wrong, visits = 2000, torch.arange(2000) < 200, torch.zeros(2000)
-    gate = ast.RememberedGate(ast.ASTConfig(guard=guard), n)
-    gate.observe(torch.arange(n), torch.full((n,), 2.0))
+    gate = taught(torch.full((n,), 2.0), guard=guard)
 
     def loss(indices):
         visits[indices] += 1
@@ -111,9 +115,6 @@ def test_the_guard_holds_within_easy_and_hard_classes_alike():
     assert ranks[[30, 130]].tolist() == [0.5, 0.5]
     assert ranks[:30].max() < 0.31
     assert ranks[99] > 0.9, "the easy class fills its ranks, and what is right in it is not guarded"
-
-
-# --- probabilities and selection ---
 
 
 @given(u=RANKS, target=TARGETS, temperature=st.sampled_from([0.01, 0.1, 0.5, 1.0]))
@@ -150,14 +151,10 @@ def test_selection_takes_each_sample_with_its_probability():
     torch.testing.assert_close(taken.bincount(minlength=6) / 1000, p, atol=0.002, rtol=0)
 
 
-# --- gates that remember ---
-
-
 @pytest.mark.parametrize("temperature,preference", [(0.05, 3), (0.5, 1.5)])
 def test_the_gate_prefers_high_significance_but_visits_everything(generator, temperature, preference):
     n, loss = 2000, torch.linspace(0, 1, 2000)
-    gate = ast.RememberedGate(ast.ASTConfig(temperature=temperature, guard=False), n)
-    gate.observe(torch.arange(n), loss)
+    gate = taught(loss, temperature=temperature, guard=False)
     count = counts(n, drive(gate, n, 30, 0.2, generator, lambda indices: loss[indices]))
     assert count[-200:].mean() > preference * count[:200].mean()
     assert (count > 0).all()
@@ -165,8 +162,7 @@ def test_the_gate_prefers_high_significance_but_visits_everything(generator, tem
 
 def test_a_raised_target_does_not_fill_the_choice_with_what_has_waited(generator):
     n, loss = 2000, torch.linspace(0, 1, 2000)
-    gate = ast.RememberedGate(ast.ASTConfig(temperature=0.05, guard=False), n)
-    gate.observe(torch.arange(n), loss)
+    gate = taught(loss, temperature=0.05, guard=False)
     list(drive(gate, n, 15, 0.1, generator, lambda indices: loss[indices]))
     indices, _ = gate.select(torch.randperm(n, generator=generator), 0.4, generator)
     assert len(indices) == 0.4 * n
@@ -192,16 +188,14 @@ def test_balance_refuses_labels_that_cannot_be_the_samples(labels):
         ast.BalancedGate(ast.ASTConfig(), 10, labels if labels is None else labels.long())
 
 
-# --- the live and the random gate ---
-
-
 def first_pixel(images, labels):
     return images[:, 0]
 
 
 def views(scores, indices):
     """Candidates that `first_pixel` scores so."""
-    return ast.Views(indices, torch.as_tensor(scores)[:, None], torch.zeros(len(scores)).long())
+    images, labels = torch.as_tensor(scores)[:, None], torch.zeros(len(scores)).long()
+    return ast.Batch(indices, torch.ones(len(scores)), images, labels, indices[:0])
 
 
 def test_the_live_gate_holds_the_rate_on_a_drifting_stream_and_takes_the_hardest(generator):

@@ -5,26 +5,24 @@ and widget messages sent while the run cell is busy. All that the kernel says is
 cell a line belongs to.
 """
 
-import io
+import contextlib
 import itertools
 import json
 import os
 import queue
-import textwrap
 import time
 
-import matplotlib.image
 import nbformat
-import numpy as np
 import pytest
 from conftest import ROOT
 from jupyter_client import KernelManager
 from jupyter_client.kernelspec import KernelSpecManager
-from stacks import STACKS, interpreter, version
+from stacks import STACKS, interpreter, kernel_spec, version
+from test_pictures import assert_a_picture
 
 pytestmark = pytest.mark.slow
 
-NOTEBOOKS = [ROOT / "notebooks" / "cifar10_ast.ipynb"]  # what is tested here is shared, byte for byte
+NOTEBOOK = ROOT / "notebooks" / "cifar10_ast.ipynb"  # what is tested here is shared, byte for byte
 PATIENCE = 60  # seconds until something that should happen counts as never happening
 TRAIN_SIZE = 1600
 EPOCHS = 7  # of the run that is steered
@@ -34,43 +32,35 @@ ENVIRONMENT = {
     "AST_TRAIN_SIZE": str(TRAIN_SIZE),
     "AST_COMPARE": "none",
     "AST_BATCH_SIZE": "32",
-    "OMP_NUM_THREADS": "1",  # two threads beside a busy process are many times slower than one
+    "OMP_NUM_THREADS": "1",
 }
 
 
 class Kernel:
     """A kernel with a notebook's definitions, and all that it has said."""
 
-    def __init__(self, python, notebook, folder):
-        self.notebook, self.folder = notebook, folder
-        cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    def __init__(self, python, folder):
+        self.folder, self.manager, self.client = folder, None, None
+        cells = [cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
         self.cells = [cell.source for cell in cells]
         titles = [cell.metadata.title for cell in cells]
         self.load, self.at = titles.index("Look before you train"), titles.index("Run in a notebook")
         self.place = titles.index("The dashboard, still empty")
-        spec = {
-            "argv": [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"],
-            "display_name": "stack",
-            "language": "python",
-        }
         (folder / "stack").mkdir()
-        (folder / "stack" / "kernel.json").write_text(json.dumps(spec))
-        self.manager = self.client = None
+        (folder / "stack" / "kernel.json").write_text(kernel_spec(python, "stack"))
 
     def start(self):
-        self.said, self.replies, self.asked, self.defined = [], {}, set(), []
+        self.said, self.replies, self.asked = [], {}, set()
         self.models, self.buffers, self.closed = {}, {}, set()
         specs = KernelSpecManager(kernel_dirs=[str(self.folder)])  # a manager a start, so that ports are new
         self.manager = KernelManager(kernel_name="stack", kernel_spec_manager=specs)
+        environment = {**os.environ, **ENVIRONMENT}
         with open(self.folder / "kernel.log", "ab") as log:
-            self.manager.start_kernel(
-                env={**os.environ, **ENVIRONMENT}, cwd=str(self.folder), stdout=log, stderr=log
-            )
+            self.manager.start_kernel(env=environment, cwd=str(self.folder), stdout=log, stderr=log)
         self.client = self.manager.client()
         self.client.start_channels()
         self.client.wait_for_ready(timeout=PATIENCE)
-        for source in self.cells[: self.load]:
-            self.defined.append(self.send(source))
+        self.defined = [self.send(source) for source in self.cells[: self.load]]
         self.wait_for(*self.defined)
         assert {self.replies[cell]["status"] for cell in self.defined} == {"ok"}
 
@@ -86,8 +76,6 @@ class Kernel:
             self.end()
             self.start()
 
-    # --- to the kernel ---
-
     def send(self, source):
         """Asks for a cell; returns its id at once."""
         cell = self.client.execute(source)
@@ -96,7 +84,10 @@ class Kernel:
 
     def run(self, source):
         """Runs a cell that must not fail; returns what it printed."""
-        cell = self.send(source)
+        return self.done(self.send(source))
+
+    def done(self, cell):
+        """Waits for the end of a cell that must not fail; returns what it printed."""
         self.wait_for(cell)
         assert self.replies[cell]["status"] == "ok", self.error(cell)
         return self.printed(cell)
@@ -108,14 +99,8 @@ class Kernel:
 
     def settings(self, out, **values):
         """Fresh settings, and the data that they name; returns the folder of results."""
-        values = {
-            "out": str(out),
-            "epochs": 6,
-            "warmup_epochs": 1,
-            "ramp_epochs": 0,
-            "anneal_epochs": 0,
-        } | values
-        self.run(f"settings, your_run = Settings(), {values!r}")
+        phases = {"epochs": 6, "warmup_epochs": 1, "ramp_epochs": 0, "anneal_epochs": 0}
+        self.run(f"settings, your_run = Settings(), {phases | {'out': str(out)} | values!r}")
         self.run(self.cells[self.load])
         return out
 
@@ -131,25 +116,18 @@ class Kernel:
     def click(self, model):
         return self.message(model, {"method": "custom", "content": {"event": "click"}})
 
-    # --- from the kernel ---
-
     def listen(self):
         """Takes in what has arrived, waiting a little for it."""
-        try:
-            message = self.client.get_iopub_msg(timeout=0.05)
-        except queue.Empty:
-            pass
-        else:
-            self.said.append(message)
-            self._follow(message)
-        try:
+        with contextlib.suppress(queue.Empty):
+            self.said.append(self.client.get_iopub_msg(timeout=0.05))
+            self.follow(self.said[-1])
+        with contextlib.suppress(queue.Empty):
             reply = self.client.get_shell_msg(timeout=0)
-        except queue.Empty:
-            return
-        if reply["msg_type"] == "execute_reply":
-            self.replies[reply["parent_header"]["msg_id"]] = reply["content"]
+            if reply["msg_type"] == "execute_reply":
+                self.replies[reply["parent_header"]["msg_id"]] = reply["content"]
 
-    def _follow(self, message):
+    def follow(self, message):
+        """Keeps what widgets there are, and what they show."""
         content, kind = message["content"], message["msg_type"]
         if kind == "comm_open":
             self.models[content["comm_id"]] = {}
@@ -183,18 +161,17 @@ class Kernel:
             self.until(lambda cell=cell: cell in self.replies, "the cell's reply")
             self.until(lambda cell=cell: self.states(cell)[-1:] == ["idle"], "the cell's last status")
 
-    def of(self, cell, *kinds):
-        """Contents of the messages that belong to a cell."""
-        return [
-            m["content"]
-            for m in self.said
-            if m["parent_header"].get("msg_id") == cell and m["msg_type"] in kinds
-        ]
+    def heard(self, cell, kind):
+        """The messages of a kind that belong to a cell."""
+        of_cell = [m for m in self.said if m["parent_header"].get("msg_id") == cell]
+        return [m for m in of_cell if m["msg_type"] == kind]
+
+    def of(self, cell, kind):
+        return [m["content"] for m in self.heard(cell, kind)]
 
     def dates(self, cell, kind="status"):
         """When a cell said something of a kind; its first status is busy, its last idle."""
-        heard = [m for m in self.said if m["parent_header"].get("msg_id") == cell and m["msg_type"] == kind]
-        return [m["header"]["date"] for m in heard]
+        return [m["header"]["date"] for m in self.heard(cell, kind)]
 
     def states(self, cell):
         return [content["execution_state"] for content in self.of(cell, "status")]
@@ -208,16 +185,13 @@ class Kernel:
     def widget(self, name, description=""):
         """The id of the run's widget of this kind, once it is there."""
 
+        def is_it(state):
+            return state.get("_model_name") == f"{name}Model" and description in state.get("description", "")
+
         def find():
-            for model, state in self.models.items():
-                if state.get("_model_name") == f"{name}Model" and description in state.get("description", ""):
-                    return model
-            return None
+            return next((model for model, state in self.models.items() if is_it(state)), None)
 
         return self.until(find, f"a {name} {description}")
-
-    def state(self, model, name):
-        return self.models[model].get(name)
 
 
 def read(out, name):
@@ -231,16 +205,11 @@ def changes(out, control):
     return [event for event in read(out, "events") if event["control"] == control]
 
 
-@pytest.fixture(scope="session", params=STACKS)
-def stack(request, tmp_path_factory):
-    """The name of a stack, and the interpreter of its environment."""
-    return request.param, interpreter(request.param, tmp_path_factory.mktemp(request.param))
-
-
-@pytest.fixture(scope="module", params=NOTEBOOKS, ids=lambda path: path.stem)
-def booted(stack, request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("kernel")
-    kernel = Kernel(stack[1], nbformat.read(request.param, as_version=4), folder)
+@pytest.fixture(scope="module", params=STACKS)
+def booted(request, tmp_path_factory):
+    python = interpreter(request.param, tmp_path_factory.mktemp(request.param))
+    kernel = Kernel(python, tmp_path_factory.mktemp("kernel"))
+    kernel.stack = request.param
     kernel.ready()
     yield kernel
     kernel.end()
@@ -285,9 +254,9 @@ def steered(booted, tmp_path_factory):
     return booted
 
 
-def test_a_kernel_has_the_versions_of_its_stack(stack, kernel):
-    code = "import ipykernel, ipywidgets, IPython; print(ipykernel.__version__, ipywidgets.__version__)"
-    wanted = [version(stack[0], name) for name in ("ipykernel", "ipywidgets")]
+def test_a_kernel_has_the_versions_of_its_stack(kernel):
+    code = "import ipykernel, ipywidgets; print(ipykernel.__version__, ipywidgets.__version__)"
+    wanted = [version(kernel.stack, name) for name in ("ipykernel", "ipywidgets")]
     found = kernel.run(code).split()
     assert found == wanted if wanted[0] else int(found[0].split(".")[0]) >= 7
 
@@ -331,15 +300,10 @@ def test_all_that_a_run_prints_belongs_to_its_cell(steered):
     printed = steered.printed(steered.cell)
     for epoch in range(1, EPOCHS + 1):
         assert f" {epoch}/{EPOCHS} " in printed
-    elsewhere = [
-        message["content"]["text"]
-        for message in steered.said
-        if message["msg_type"] == "stream"
-        and message["content"]["name"] == "stdout"
-        and message["parent_header"].get("msg_id") not in (steered.cell, steered.after, steered.last)
-        and message["header"]["date"] > steered.dates(steered.cell)[0]
-    ]
-    assert not elsewhere
+    began, cells = steered.dates(steered.cell)[0], (steered.cell, steered.after, steered.last)
+    streams = [m for m in steered.said if m["msg_type"] == "stream" and m["content"]["name"] == "stdout"]
+    since = [message for message in streams if message["header"]["date"] > began]
+    assert {message["parent_header"].get("msg_id") for message in since} <= set(cells)
     assert not steered.printed(steered.cell, "stderr")
     assert "Traceback" not in (steered.folder / "kernel.log").read_text()
 
@@ -357,11 +321,17 @@ def test_cells_that_wait_run_after_the_run_in_their_order_and_are_busy_once(stee
 
 def test_the_picture_changes_while_the_cell_is_busy(steered):
     pictures = steered.buffers[steered.widget("Image"), "value"]
-    pictures = [picture for picture in pictures if picture]  # a widget opens without one
-    assert len(set(pictures)) > 1
+    pictures = set(pictures) - {b""}  # a widget opens without one
+    assert len(pictures) > 1
     for picture in pictures:
-        assert len(picture) <= 100_000
-        assert np.ptp(matplotlib.image.imread(io.BytesIO(picture), "png")) > 0.5
+        assert_a_picture(picture)
+
+
+def assert_no_widget_outlives_its_run(kernel):
+    opened = {model: state.get("_model_name", "") for model, state in kernel.models.items()}
+    left = {name for model, name in opened.items() if model not in kernel.closed}
+    assert "ImageModel" in opened.values()
+    assert not {name for name in left if name and not name.endswith(("StyleModel", "LayoutModel"))}
 
 
 def test_the_empty_dashboard_is_filled_and_a_plain_picture_takes_its_place_wherever_it_is_shown(steered):
@@ -372,17 +342,9 @@ def test_the_empty_dashboard_is_filled_and_a_plain_picture_takes_its_place_where
     panel = shown["data"][WIDGET]["model_id"]
     filled = [m["content"]["data"]["state"] for m in steered.said if m["content"].get("comm_id") == panel]
     assert [bool(state["children"]) for state in filled if "children" in state] == [False, True, False]
-    assert {shown["transient"]["display_id"], update["transient"]["display_id"]} == {panel}
-    assert empty["transient"]["display_id"] == panel
-    assert "image/png" in update["data"]
-    assert WIDGET not in update["data"]
-
-
-def test_no_widget_of_a_run_outlives_it(steered):
-    opened = {model: state.get("_model_name", "") for model, state in steered.models.items()}
-    left = {name for model, name in opened.items() if model not in steered.closed}
-    assert "ImageModel" in opened.values()
-    assert not {name for name in left if name and not name.endswith(("StyleModel", "LayoutModel"))}
+    assert {each["transient"]["display_id"] for each in (empty, shown, update)} == {panel}
+    assert_no_widget_outlives_its_run(steered)
+    assert "image/png" in update["data"] and WIDGET not in update["data"]
 
 
 def test_a_run_pauses_goes_on_stops_and_is_resumed(kernel, tmp_path):
@@ -392,7 +354,7 @@ def test_a_run_pauses_goes_on_stops_and_is_resumed(kernel, tmp_path):
     stop = kernel.widget("Button", "Stop and save")
     kernel.until(lambda: len(read(out, "metrics")) >= 1, "the warm-up")
     kernel.move(pause, value=True)
-    kernel.until(lambda: "paused" in kernel.state(words, "value"), "the word paused")
+    kernel.until(lambda: "paused" in kernel.models[words]["value"], "the word paused")
     rows = len(read(out, "metrics"))
     kernel.rest(3)
     assert len(read(out, "metrics")) == rows
@@ -402,8 +364,7 @@ def test_a_run_pauses_goes_on_stops_and_is_resumed(kernel, tmp_path):
     assert (paused["new"], resumed["new"]) == (True, False)
     assert paused["candidates"] == resumed["candidates"]
     kernel.click(stop)
-    kernel.wait_for(cell)
-    assert kernel.replies[cell]["status"] == "ok", kernel.error(cell)
+    kernel.done(cell)
     assert kernel.run("print(summary['stopped_by'], summary['complete'])") == "stop button False\n"
     assert changes(out, "stop")
     assert list((out / "checkpoints").glob("*.ckpt"))
@@ -411,9 +372,7 @@ def test_a_run_pauses_goes_on_stops_and_is_resumed(kernel, tmp_path):
         kernel.run(source)
     before = read(out, "metrics")
     kernel.run("settings.resume = True")
-    cell = kernel.train()
-    kernel.wait_for(cell)
-    assert kernel.replies[cell]["status"] == "ok", kernel.error(cell)
+    kernel.done(kernel.train())
     assert kernel.run("print(summary['stopped_by'], summary['complete'])") == "None True\n"
     rows = read(out, "metrics")
     assert len(before) < len(rows) == 8
@@ -425,32 +384,34 @@ def test_an_interrupt_saves_and_stops(kernel, tmp_path):
     cell = kernel.train()
     kernel.until(lambda: read(out, "metrics"), "the warm-up")
     kernel.manager.interrupt_kernel()
-    kernel.wait_for(cell)
-    assert kernel.replies[cell]["status"] == "ok", kernel.error(cell)
+    kernel.done(cell)
     assert kernel.run("print(summary['stopped_by'])") == "interrupt\n"
     assert list((out / "checkpoints").glob("*.ckpt"))
     for source in kernel.cells[kernel.at + 1 :]:
         kernel.run(source)
 
 
+BROKEN = """
+whole_step, steps = AdaptiveSparseTrainer.step, []
+def broken_step(trainer, *batch):
+    steps.append(len(batch))
+    if len(steps) == 20:
+        raise RuntimeError("the worker broke")
+    whole_step(trainer, *batch)
+AdaptiveSparseTrainer.step = broken_step
+"""
+
+
 def test_what_the_worker_raises_is_raised_in_the_cell(kernel, tmp_path):
     kernel.settings(tmp_path / "run")
-    broken = """
-        whole_step, steps = AdaptiveSparseTrainer.step, []
-        def broken_step(trainer, *batch):
-            steps.append(len(batch))
-            if len(steps) == 20:
-                raise RuntimeError("the worker broke")
-            whole_step(trainer, *batch)
-        AdaptiveSparseTrainer.step = broken_step
-    """
-    kernel.run(textwrap.dedent(broken))
+    kernel.run(BROKEN)
     cell, after = kernel.train(), kernel.send("print('must not run')")
     kernel.wait_for(cell, after)
     (error,) = kernel.of(cell, "error")
     assert (error["ename"], error["evalue"]) == ("RuntimeError", "the worker broke")
     assert "broken_step" in kernel.error(cell)
     assert WIDGET not in kernel.of(cell, "update_display_data")[-1]["data"]
+    assert_no_widget_outlives_its_run(kernel)
     assert kernel.replies[after]["status"] == "aborted"
     assert not kernel.printed(after)
     kernel.rest(0.5)  # after an error a kernel refuses cells for a moment
@@ -465,10 +426,10 @@ def test_bad_input_is_one_sentence_in_the_cell(kernel, tmp_path, mistake):
     kernel.run(mistake)
     cell = kernel.train()
     kernel.wait_for(cell)
+    assert ("epochs" in mistake) != bool(kernel.of(cell, "display_data")), "nothing is shown before"
     (error,) = kernel.of(cell, "error")
     assert error["ename"] == "BadInput"
-    assert "expected" in error["evalue"]
-    assert "\n" not in error["evalue"]
+    assert "expected" in error["evalue"] and "\n" not in error["evalue"]
     kernel.rest(0.5)  # after an error a kernel refuses cells for a moment
     assert kernel.run("print('alive')") == "alive\n"
 

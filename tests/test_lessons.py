@@ -2,7 +2,6 @@
 
 import functools
 import io
-import itertools
 import re
 import warnings
 from pathlib import Path
@@ -11,7 +10,7 @@ import IPython.display
 import ipywidgets
 import numpy as np
 import pytest
-from conftest import rows, small_net
+from conftest import at, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -19,15 +18,9 @@ from test_pictures import N, settings_of
 
 import cifar10_ast as ast
 
+pytestmark = pytest.mark.usefixtures("small_nets_throughout")
 LONG = ["x" * 200, "Donaudampfschifffahrtsgesellschaft " * 4, "ca$h_{$ and \\frac", "猫"]
 MANY = [f"class {i} of the very many that some people have" for i in range(120)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ast, "build_model", small_net)
-        yield
 
 
 @pytest.fixture
@@ -62,15 +55,11 @@ def ran(tmp_path_factory):
     @functools.cache
     def ran(name):
         stop_at, classes, changes = RUNS[name]
-        controls, seen, data = ast.Controls(), itertools.count(1), ast.shapes(N, 40)
+        controls, data = ast.Controls(), ast.shapes(N, 40)
         if classes:
             data.classes, data.train_labels = classes, np.arange(N) % len(classes)
             data.val_labels %= len(classes)
-
-        def stop(event, told):
-            if event == "chunk" and next(seen) == stop_at:
-                controls.ask_stop("stop button")
-
+        stop = at("chunk", stop_at, lambda: controls.ask_stop("stop button"))
         out = tmp_path_factory.mktemp("ran") / "out"
         return ast.run(settings_of(out, **changes), (), [stop], controls, lambda line: None, data), data
 
@@ -83,14 +72,15 @@ def test_significance_can_be_looked_at_under_any_settings(tmp_path, monkeypatch,
     monkeypatch.setattr(ast, "show_images", shown.append)
     ast.show_significance(trains, data, epochs=2)
     most, least = shown[0].values()
-    scores = [[float(caption.split("\n")[1]) for caption in captions] for _, captions in (most, least)]
+    scores = [[float(caption.split("\n")[1]) for caption in captions] for _, captions, _ in (most, least)]
     assert [len(row) for row in scores] == [10, 10]
     assert scores[0] == sorted(scores[0], reverse=True) and scores[1] == sorted(scores[1])
     assert scores[0][-1] > scores[1][-1] >= 0
-    for images, captions in (most, least):
-        for image, caption in zip(images, captions, strict=True):
+    for row in (most, least):
+        for image, caption, wrong in zip(*row, strict=True):
             (where,) = np.flatnonzero((data.train_images == image).all((1, 2, 3)))
             assert caption.split("\n")[0] == data.classes[data.train_labels[where]]
+            assert wrong == (data.difficulty[where] == 2)
 
 
 def test_a_lesson_before_the_run_changes_nothing_in_it(tmp_path, shown):
@@ -107,14 +97,6 @@ def rates(*given):
     return ast.respond(*given).line("epochs", "rate")[1][1:]
 
 
-@settings(max_examples=15, deadline=None)
-@given(target=st.floats(0.02, 1.0), kp=st.floats(0, 2), ki=st.floats(0, 1))
-def test_with_the_solve_the_rate_meets_its_target_at_once(target, kp, ki):
-    found = rates(target, kp, ki, 0.0, True)
-    assert found[:40] == pytest.approx([0.6] * 40, abs=1.01 / 640)
-    assert found[40:] == pytest.approx([target] * 60, abs=1.01 / 640)
-
-
 def test_pi_alone_creeps_there_and_answers_losses():
     found = rates(0.2, 0.5, 0.2, 0.0, False)
     assert abs(found[40] - 0.2) > 0.1
@@ -125,8 +107,9 @@ def test_pi_alone_creeps_there_and_answers_losses():
 
 @settings(max_examples=15, deadline=None)
 @given(st.floats(0.02, 1), st.floats(0, 2), st.floats(0, 1), st.floats(0, 0.5), st.booleans())
-def test_whatever_the_sliders_the_response_is_a_rate(target, kp, ki, lost, feedforward):
-    history = ast.respond(target, kp, ki, lost, feedforward)
+def test_the_response_is_a_rate_and_with_the_solve_it_meets_its_target_at_once(target, kp, ki, lost, solve):
+    assert rates(target, kp, ki, 0.0, True) == pytest.approx([0.6] * 40 + [target] * 60, abs=1.01 / 640)
+    history = ast.respond(target, kp, ki, lost, solve)
     found, thresholds = (history.line("epochs", name)[1] for name in ("rate", "threshold"))
     assert len(found) == 101 and ((found >= 0) & (found <= 1)).all()
     assert len(thresholds) == 100 and np.isfinite(thresholds).all()
@@ -144,6 +127,16 @@ def test_the_playground_draws_anew_when_a_slider_moves(monkeypatch, shown):
     for number, slider in enumerate(moved, 1):
         slider.value = 0.5 * (slider.value + slider.max)
         assert len(shown) >= number + 1 and not np.array_equal(shown[-1], shown[-2]), slider.description
+
+
+def test_only_an_image_whose_label_is_wrong_is_framed(shown):
+    grey, captions = np.full((2, 32, 32, 3), 128, np.uint8), ["one", "other"]
+    for wrong in ([False, False], [False, True]):
+        row = grey, captions, np.array(wrong)
+        ast.show_images({"upper": row, "lower": row})
+    red = [(image[:, :, 0] > 200) & (image[:, :, 1:] < 60).all(2) for image in shown]
+    assert not red[0].any() and red[1].any()
+    assert not red[1][:, : red[1].shape[1] // 2].any(), "the left one is right"
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -170,14 +163,14 @@ def test_the_most_and_least_chosen_are_those_that_the_run_counted(ran, monkeypat
     times = np.load(Path(summary["out"]) / "samples.npz")["times_activated"]
     gated = [row for row in rows(summary["out"]) if row["policy"] == "ast" and row["target_activation"] < 1]
     assert times.sum() == sum(row["activated"] for row in gated) and times.max() <= len(gated)
-    for word, count, (title, (images, captions)) in zip(
-        ("most", "least"), (times.max(), times.min()), shown[0].items(), strict=True
-    ):
+    extremes = (("most", times.max()), ("least", times.min()))
+    for (word, count), (title, (images, captions, wrong)) in zip(extremes, shown[0].items(), strict=True):
         same = np.flatnonzero(times == count)
         assert title == f"Images chosen {word}: {count} times ({len(same)} images, {len(images)} shown)"
         places = [np.flatnonzero((data.train_images[same] == image).all((1, 2, 3))) for image in images]
         assert len({int(place[0]) for place in places}) == len(images) == min(10, len(same))
         assert captions == [data.classes[data.train_labels[same[place[0]]]][:12] for place in places]
+        assert wrong.tolist() == [data.difficulty[same[place[0]]] == 2 for place in places]
     said = capsys.readouterr().out
     means = {c: times[data.train_labels == i].mean() for i, c in enumerate(data.classes)}
     for word, best in (("most", max(means.values())), ("least", min(means.values()))):

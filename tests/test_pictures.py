@@ -5,12 +5,14 @@ import io
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
+from conftest import at
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -29,13 +31,9 @@ def trained(listeners, gate="remembered", wishes=None):
     model, x = torch.nn.Linear(12, 4), torch.randn(N + 60, 12)
     data = (x[:N], x[:N, :4].argmax(1)), (x[N:], x[N:, :4].argmax(1))
     config = {"batch_size": 16, "amp": "off", "device": "cpu", "target_activation": 0.3, "gate": gate}
-    controls, seen = ast.Controls(), itertools.count(1)
-
-    def ask(event, data):
-        if event == "chunk" and (wish := (wishes or {}).get(next(seen))):
-            controls.set(*wish)
-
-    options = {"listeners": [*listeners, ask], "controls": controls}
+    controls = ast.Controls()
+    asking = [at("chunk", n, partial(controls.set, *wish)) for n, wish in (wishes or {}).items()]
+    options = {"listeners": [*listeners, *asking], "controls": controls}
     return ast.AdaptiveSparseTrainer(model, *data, config, **options).train(EPOCHS)
 
 
@@ -65,7 +63,8 @@ def go_on(histories, decisions, rate=0.5, threshold=0.6, scores=None, accuracy=N
         data |= {"seconds": 20 * share, "flops_per_sample": {"training": 6e7}}
         histories("chunk", data | {"gate": SimpleNamespace(threshold=threshold, scores=scores)} | more)
         if done % N == 0:
-            row = {"epoch": done // N, "elapsed_seconds": 20 * share, "seconds": 4.0}
+            row = {"epoch": done // N, "epochs": run.epochs, "seconds": 4.0}
+            row["elapsed_seconds"] = 20 * share
             histories("epoch", row | {"val_accuracy": accuracy or 20 + 50 * share})
     return histories
 
@@ -158,7 +157,7 @@ def test_a_history_of_results_tells_what_the_events_told():
     after = ast.History("ast", 0, EPOCHS, rows, results["changes"])
     for x in ("epochs", "seconds", "thousand samples"):
         assert np.array_equal(after.line(x, "accuracy"), seen.line(x, "accuracy"))
-    for name in ("candidates", "activated", "epochs", "seconds", "training_seconds", "progress", "energy"):
+    for name in ("candidates", "activated", "epochs", "seconds", "training_seconds", "energy"):
         assert after.now[name] == seen.now[name]
     assert after.now["training_seconds"] == pytest.approx(sum(row["seconds"] for row in rows))
     assert list(after.line("epochs", "rate")[1][1:]) == [row["activation_rate"] for row in rows]
@@ -176,7 +175,7 @@ def assert_progress(seen):
 def test_progress_only_grows_and_ends_at_one_resumed_or_not(small_nets, tmp_path):
     histories, resumed, seen, controls = ast.Histories(), ast.Histories(), [], ast.Controls()
     plan = {"seeds": "0,1", "compare": "full,short"}
-    run(tmp_path / "whole", [histories, lambda *event: seen.append(histories.progress())], **plan)
+    run(tmp_path / "whole", [histories, lambda *event: seen.append(histories.progress.outlook())], **plan)
     assert_progress(seen)
     runs = [(seed, policy) for seed in (0, 1) for policy in ("ast", "full", "short")]
     assert [(history.seed, history.policy) for history in histories.runs] == runs
@@ -187,7 +186,7 @@ def test_progress_only_grows_and_ends_at_one_resumed_or_not(small_nets, tmp_path
 
     assert not run(tmp_path / "cut", [stop], controls, **plan)["complete"]
     seen = []
-    watch = [resumed, lambda *event: seen.append(resumed.progress())]
+    watch = [resumed, lambda *event: seen.append(resumed.progress.outlook())]
     assert run(tmp_path / "cut", watch, resume=True, **plan)["complete"]
     assert_progress(seen)
     before, again = (h.line("epochs", "accuracy") for h in (histories.runs[1], resumed.runs[0]))
@@ -196,13 +195,16 @@ def test_progress_only_grows_and_ends_at_one_resumed_or_not(small_nets, tmp_path
 
 def test_the_time_to_go_is_what_is_left_at_this_pace():
     histories = ast.Histories()
-    assert histories.progress() == (0, None)
+    assert histories.progress.outlook() == (0, None)
     done = [("ast", 0), ("full", 0)]
-    histories("plan", {"work": {"ast": 100.0, "full": 300.0}, "seeds": [0, 1], "done": done})
+    histories(
+        "plan",
+        {"work": {"ast": (4, 100.0), "full": (4, 300.0)}, "seeds": [0, 1], "done": done, "synthetic": False},
+    )
     go_on(begin(histories=histories, seed=1), 10)  # an eighth of the first, in 2.5 seconds
-    assert histories.progress() == (pytest.approx(12.5 / 400), None), "too early to tell"
+    assert histories.progress.outlook() == (pytest.approx(12.5 / 400), None), "too early to tell"
     go_on(histories, 30)
-    share, left = histories.progress()
+    share, left = histories.progress.outlook()
     assert share == pytest.approx(50 / 400) and left == pytest.approx(350 * 10 / 50)
 
 

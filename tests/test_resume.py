@@ -1,8 +1,6 @@
 """Cut at any moment and resumed, a run ends as if nobody had cut it; what is damaged costs an epoch."""
 
 import contextlib
-import dataclasses
-import functools
 import hashlib
 import io
 import itertools
@@ -14,19 +12,23 @@ import shutil
 import signal
 import time
 from collections import Counter
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TIMED, Script, changes, files, rows, small_net, summary, write_images
+from conftest import at, changes, files, rows, summary, untimed, write_images
 from torch import nn
 from torch.utils.data import Dataset
 
 import cifar10_ast as ast
 
 resource = pytest.importorskip("resource", reason="limits files as Unix does")
-pytestmark = pytest.mark.usefixtures("one_thread", "small_nets")
+pytestmark = pytest.mark.usefixtures("one_thread", "small_nets_throughout")
+TOTALS = ("candidates", "activated", "flops", "unit_energy")
 N = 96  # images to train on: with batches of 16, an epoch of 20 chunks
 
 
@@ -38,9 +40,6 @@ def one_thread():
     with torch.random.fork_rng(devices=[]):
         yield
     torch.set_num_threads(threads)
-
-
-# --- the trainer ---
 
 
 class Chance(Dataset):
@@ -65,50 +64,39 @@ def trainer_of(gate="remembered", data=None, balance=False, states=None, **optio
     trainer = ast.AdaptiveSparseTrainer(model, data, val, config, optimizer, listeners=[], seed=3, **options)
 
     def save():
-        buffer = io.BytesIO()
-        torch.save(ast.state_of(trainer), buffer)
+        torch.save(ast.state_of(trainer), buffer := io.BytesIO())
         states.append(torch.load(io.BytesIO(buffer.getvalue()), weights_only=True))
 
     trainer.save = trainer.save if states is None else save
     return trainer
 
 
-def untimed(epochs):
-    return [{k: v for k, v in row.items() if k not in TIMED} for row in epochs]
+def seed_every_generator(number):
+    torch.manual_seed(number)
+    np.random.seed(number)
+    random.seed(number)
 
 
-@pytest.mark.parametrize("gate,balance", [*((gate, False) for gate in ast.GATES), ("remembered", True)])
-def test_a_trainer_goes_on_from_the_end_of_any_epoch_to_the_same_bits(gate, balance):
-    whole = trainer_of(gate, balance=balance, states=(states := []))
+KINDS = {gate: {"gate": gate} for gate in ast.GATES}
+KINDS |= {"balance": {"balance": True}, "data from every generator": {"data": Chance()}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trainer_goes_on_from_the_end_of_any_epoch_to_the_same_bits(kind):
+    whole = trainer_of(**KINDS[kind], states=(states := []))
+    seed_every_generator(1)
     results = whole.train(epochs=6)
     assert len(states) == 7
     for state in states[:-1]:
-        torch.manual_seed(99)
-        other = trainer_of(gate, balance=balance)
+        other = trainer_of(**KINDS[kind])
+        seed_every_generator(2)
         ast.restore(other, state)
         resumed = other.train()
         assert untimed(resumed["epochs"]) == untimed(results["epochs"])
         assert resumed["complete"]
-        for key in ("candidates", "activated", "flops", "unit_energy"):
-            assert resumed[key] == results[key]
-        for name, value in whole.model.state_dict().items():
-            assert torch.equal(value, other.model.state_dict()[name]), name
+        assert [resumed[key] for key in TOTALS] == [results[key] for key in TOTALS]
+        torch.testing.assert_close(other.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
         assert torch.equal(whole.times_activated, other.times_activated)
-
-
-def test_the_generators_of_torch_numpy_and_random_go_on_where_they_were():
-    def seed(number):
-        torch.manual_seed(number)
-        np.random.seed(number)
-        random.seed(number)
-
-    whole = trainer_of(data=Chance(), states=(states := []))
-    seed(1)
-    results = whole.train(epochs=4)
-    other = trainer_of(data=Chance())
-    seed(2)
-    ast.restore(other, states[2])
-    assert untimed(other.train()["epochs"]) == untimed(results["epochs"])
 
 
 def test_what_a_person_set_and_what_was_learned_of_the_data_and_of_memory_go_on():
@@ -138,38 +126,27 @@ def test_what_a_person_set_and_what_was_learned_of_the_data_and_of_memory_go_on(
     assert [change["new"] for change in resumed["changes"]] == [0.2, 0.5]
 
 
-# --- the run, cut in this process ---
-
-
 @pytest.fixture(scope="module")
 def data():
     return ast.shapes(N, 40)
 
 
-def settings_of(out, **given):
-    values = {"data": "shapes", "train_size": N, "batch_size": 16, "epochs": 5, "compare": "random"}
-    values |= {"device": "cpu", "amp": "off", "lr": 0.02, "out": str(out)}
-    return dataclasses.replace(ast.Settings(), **values | given)
+SETTINGS = {"data": "shapes", "train_size": N, "batch_size": 16, "epochs": 5, "compare": "random"}
+SETTINGS |= {"device": "cpu", "amp": "off", "lr": 0.02}
 
 
-def run(out, data, listeners=(), controls=None, said=None, **given):
+def run(out, images, listeners=(), controls=None, said=None, settings=SETTINGS, **given):
+    settings = ast.Settings(**settings | {"out": str(out)} | given)
     say = (lambda line: None) if said is None else said.append
-    return ast.run(settings_of(out, **given), (), list(listeners), controls, say, data)
+    return ast.run(settings, (), list(listeners), controls, say, images)
 
 
-def resume(out, images, listeners=(), controls=None, said=None, **given):
+def resume(*given, **more):
     """As a person would: with --resume and --out and nothing else."""
-    settings = dataclasses.replace(ast.Settings(), resume=True, out=str(out), **given)
-    return ast.run(settings, (), list(listeners), controls, (said if said is not None else []).append, images)
+    return run(*given, settings={"resume": True}, **more)
 
 
-def at(number, action, event="chunk"):
-    """A listener that calls `action` at the `number`th chunk that it is told of."""
-    seen = itertools.count(1)
-    return lambda name, data: action() if name == event and next(seen) == number else None
-
-
-def cut(go, out, data, how, number, **given):
+def cut(go, out, data, how, number, listeners=(), **given):
     """Runs until the `number`th chunk (or epoch, where `how` says so), and ends there."""
     controls = ast.Controls()
     acts = {
@@ -180,19 +157,17 @@ def cut(go, out, data, how, number, **given):
     }
     how, _, event = how.partition(" at an ")
     with contextlib.suppress(ZeroDivisionError):
-        go(out, data, [at(number, acts[how], event or "chunk")], controls, **given)
+        go(out, data, [*listeners, at(event or "chunk", number, acts[how])], controls, **given)
 
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
     """The folder of a run that nobody cut, of each kind that is asked for."""
 
-    @functools.cache
+    @cache
     def of(**given):
         out = tmp_path_factory.mktemp("whole") / "out"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ast, "build_model", small_net)
-            run(out, data, **given)
+        run(out, data, **given)
         return out
 
     return of
@@ -201,7 +176,8 @@ def whole(data, tmp_path_factory):
 def assert_same(out, reference):
     """Bit for bit, apart from what a clock measured."""
     assert rows(out, timed=False) == rows(reference, timed=False)
-    mine, theirs = (torch.load(folder / "model.pt", weights_only=True) for folder in (out, reference))
+    models = (torch.load(folder / "model.pt", weights_only=True) for folder in (out, reference))
+    mine, theirs = (model["state_dict"] for model in models)
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
     mine, theirs = (np.load(folder / "samples.npz")["times_activated"] for folder in (out, reference))
@@ -209,52 +185,34 @@ def assert_same(out, reference):
     found, expected = summary(out), summary(reference)
     assert found["complete"]
     assert found["policies"].keys() == expected["policies"].keys()
-    for policy, entry in expected["policies"].items():
-        for key in ("final_accuracy", "best_accuracy", "accuracy_per_seed", "activation_rate"):
-            assert found["policies"][policy][key] == entry[key], (policy, key)
-        for key in ("candidates", "activated", "flops", "unit_energy"):
-            assert found["policies"][policy][key] == entry[key], (policy, key)
+    keys = ("final_accuracy", "best_accuracy", "accuracy_per_seed", "activation_rate", *TOTALS)
+    for policy, key in itertools.product(expected["policies"], keys):
+        assert found["policies"][policy][key] == expected["policies"][policy][key], (policy, key)
     assert found["measured"]["accuracy_minus_random"] == expected["measured"]["accuracy_minus_random"]
     assert {path.name for path in out.iterdir()} == {path.name for path in reference.iterdir()}
     assert len(list((out / "checkpoints").iterdir())) == 2
 
 
-@pytest.mark.parametrize(
-    "how,moments",
-    [
-        *[("Ctrl-C", [1]), ("stop", [20]), ("time limit", [47]), ("crash", [99]), ("crash", [131])],
-        *[("crash at an epoch", [1]), ("stop at an epoch", [3]), ("crash at an start", [2])],
-        *[
-            ("crash at an end", [1]),
-            ("stop", [30] * 3),
-            ("crash", [5, 50, 70]),
-            ("Ctrl-C at an epoch", [1] * 4),
-        ],
-    ],
-    ids=str,
-)
-def test_cut_at_any_moment_and_resumed_a_run_ends_as_if_nobody_had_cut_it(
-    data, whole, tmp_path, how, moments
-):
-    out = tmp_path / "out"
-    for go, number in zip([run, *[resume] * 9], moments, strict=False):
+ONE = [("Ctrl-C", 1), ("stop", 20), ("time limit", 47), ("crash", 99), ("crash", 131)]
+ONE += [(f"crash at an {event}", n) for event, n in (("start", 2), ("epoch", 1), ("end", 1))]
+ONE += [("stop at an epoch", 3)]
+MORE = [[("stop", 30)] * 3, [("crash", 5), ("crash", 50), ("crash", 70)], [("Ctrl-C at an epoch", 1)] * 4]
+OTHERS = [(60, {"gate": "live"}), (60, {"balance": True}), (60, {"compare": "short", "seeds": "3,1"})]
+OTHERS += [(30, {"gate": "random", "compare": "none"})]
+CASES = [([cut], {}) for cut in ONE] + [(cuts, {}) for cuts in MORE]
+CASES += [([("Ctrl-C", 50), ("crash", number)], {"epochs": 4} | given) for number, given in OTHERS]
+
+
+@pytest.mark.parametrize("cuts,given", CASES, ids=str)
+def test_cut_at_any_moment_and_resumed_a_run_ends_as_if_nobody_had_cut_it(data, whole, tmp_path, cuts, given):
+    out, go = tmp_path / "out", partial(run, **given)
+    for how, number in cuts:
         cut(go, out, data, how, number)
         assert not (out / "summary.json").exists() or not summary(out)["complete"]
-    resume(out, data)
-    assert_same(out, whole())
-    assert (out / "events.jsonl").read_bytes() == b""
-
-
-OTHERS = [{"gate": "live"}, {"gate": "random", "compare": "none"}, {"balance": True}]
-
-
-@pytest.mark.parametrize("given", [*OTHERS, {"compare": "short", "seeds": "3,1"}], ids=str)
-def test_every_gate_policy_and_seed_resumes(data, whole, tmp_path, given):
-    out, given = tmp_path / "out", {"epochs": 4} | given
-    cut(run, out, data, "Ctrl-C", 50, **given)
-    cut(resume, out, data, "crash", 60)
+        go = resume
     resume(out, data)
     assert_same(out, whole(**given))
+    assert (out / "events.jsonl").read_bytes() == b""
 
 
 def test_what_was_known_is_never_lost_when_a_resumed_run_is_cut_before_it_got_further(data, whole, tmp_path):
@@ -273,41 +231,32 @@ def test_what_was_known_is_never_lost_when_a_resumed_run_is_cut_before_it_got_fu
     assert_same(out, whole())
 
 
-# --- what a cut costs ---
-
-
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that a test moves, and a sensor that reads 5 watts by it."""
+    """A clock that moves a second a chunk, where it listens, and a sensor that reads 5 watts by it."""
     made = SimpleNamespace(now=1000.0, method="nvml-counter", reason="", spent=Counter())
     made.perf_counter = made.monotonic = made.time = lambda: made.now
     made.joules = lambda: 5 * made.now
     monkeypatch.setattr(ast, "time", made)
     monkeypatch.setattr(ast, "energy_meter", lambda device: made)
-    return made
-
-
-def passing(clock):
-    """A listener: each chunk takes a second."""
 
     def listen(event, data):
         if event == "start":
-            clock.policy = data["policy"]
+            made.policy = data["policy"]
         elif event == "chunk":
-            clock.now += 1
-            clock.spent[clock.policy] += 1
+            made.now += 1
+            made.spent[made.policy] += 1
 
-    return listen
+    made.listen = listen
+    return made
 
 
 @pytest.mark.parametrize("moments", [[47], [47, 3], [10, 9, 8]], ids=str)
 def test_what_a_cut_epoch_cost_counts_as_repeated(data, tmp_path, clock, moments):
     out = tmp_path / "out"
     for go, moment in zip((run, resume, resume), moments, strict=False):
-        controls = ast.Controls()
-        stop = at(moment, functools.partial(setattr, controls, "stop", "Ctrl-C"))
-        go(out, data, [passing(clock), stop], controls)
-    resume(out, data, [passing(clock)])
+        cut(go, out, data, "Ctrl-C", moment, [clock.listen])
+    resume(out, data, [clock.listen])
     lost = clock.spent["ast"] - 5 * 20
     assert lost >= sum(moments) % 20 > 0
     policy = summary(out)["policies"]["ast"]
@@ -337,27 +286,23 @@ def test_a_time_limit_shorter_than_an_epoch_is_said_at_once_with_the_way_out(
     data, tmp_path, clock, minutes, told
 ):
     said, out = [], tmp_path / "out"
-    run(out, data, [passing(clock)], said=said, time_limit=minutes)
+    run(out, data, [clock.listen], said=said, time_limit=minutes)
     lines = [line for line in said if line.startswith(f"--time-limit {minutes:g}: an epoch takes about ")]
     assert len(lines) == told, "once, and only where it is true"
     assert not lines or re.search(r"about \d\d s, .* train on less with --train-size", lines[0])
     assert said[-1:] != lines, "before it is over"
 
 
-# --- moved by hand ---
-
-
 def test_what_was_moved_in_the_cut_epoch_is_dropped_and_said_and_what_came_before_it_stays(data, tmp_path):
     def steer(*wishes):
         controls = ast.Controls()
-        listeners = [at(n, functools.partial(controls.set, "target_activation", v)) for n, v in wishes]
-        return controls, listeners
+        listeners = [at("chunk", n, partial(controls.set, "target_activation", v)) for n, v in wishes]
+        return listeners, controls
 
     reference, out, said = tmp_path / "reference", tmp_path / "out", []
-    controls, listeners = steer((30, 0.6))
-    run(reference, data, listeners, controls, compare="none")
-    controls, listeners = steer((30, 0.6), (49, 0.1), (50, 0.2))
-    stop = at(53, lambda: setattr(controls, "stop", "Ctrl-C"))
+    run(reference, data, *steer((30, 0.6)), compare="none")
+    listeners, controls = steer((30, 0.6), (49, 0.1), (50, 0.2))
+    stop = at("chunk", 53, lambda: setattr(controls, "stop", "Ctrl-C"))
     run(out, data, [*listeners, stop], controls, compare="none")
     assert [change["new"] for change in changes(out)] == [0.6, 0.1, 0.2]
     assert summary(out)["changes_by_hand"] == 3
@@ -372,23 +317,17 @@ def test_a_stop_is_no_change_that_could_be_dropped(data, tmp_path):
     for how in ("stop", "stop at an epoch"):
         said = []
         cut(run, tmp_path / how, data, how, 2, epochs=3, compare="none")
-        assert [(change["control"], change["new"]) for change in changes(tmp_path / how)] == [
-            ("stop", "stop button")
-        ]
+        (change,) = changes(tmp_path / how)
+        assert (change["control"], change["new"]) == ("stop", "stop button")
         resume(tmp_path / how, data, said=said)
         assert not [line for line in said if "dropped" in line]
 
 
-# --- a stopped run, and what is wrong with it ---
-
-
 @pytest.fixture(scope="module")
-def stopped(data, tmp_path_factory):
+def stopped(data, tmp_path_factory, small_nets_throughout):
     """A run stopped in its fourth epoch, with two checkpoints."""
     out = tmp_path_factory.mktemp("stopped") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ast, "build_model", small_net)
-        cut(run, out, data, "Ctrl-C", 70)
+    cut(run, out, data, "Ctrl-C", 70)
     return out
 
 
@@ -422,23 +361,44 @@ def test_without_a_whole_checkpoint_it_starts_afresh_says_so_and_keeps_what_ther
     assert files(out.with_name("elsewhere-1")) == kept
 
 
-@pytest.mark.parametrize(
-    "name,value",
-    [("lr", 0.3), ("epochs", 9), ("seeds", "0,1"), ("gate", "live"), ("compare", "none"), ("data", "else")],
-)
-def test_resuming_with_another_setting_is_refused_and_touches_nothing(data, out, name, value):
+@contextlib.contextmanager
+def refused(out, words):
+    """Bad input in these words, and not a byte touched."""
     before = files(out.parent)
-    told = f"{ast.flag(name)} {value}: expected .* as in the run in {out}; leave it out"
-    with pytest.raises(ast.BadInput, match=told):
-        resume(out, data, **{name: value})
+    with pytest.raises(ast.BadInput, match=words):
+        yield
     assert files(out.parent) == before
+
+
+OTHER = {"lr": 0.3, "epochs": 9, "seeds": "0,1", "gate": "live", "compare": "none"}
+
+
+@pytest.mark.parametrize("name,value", OTHER.items())
+def test_resuming_with_another_setting_is_refused_and_touches_nothing(data, out, name, value):
+    with refused(out, f"{ast.flag(name)} {value}: expected .* as in the run in {out}; leave it out"):
+        resume(out, data, **{name: value})
 
 
 def test_resuming_on_other_data_is_refused_and_touches_nothing(out):
-    before = files(out.parent)
-    with pytest.raises(ast.BadInput, match="these settings and shapes, 90 images"):
+    with refused(out, "these settings and the 90 images"):
         resume(out, ast.shapes(90, 40))
-    assert files(out.parent) == before
+
+
+def test_data_that_moved_are_known_by_what_they_hold(data, whole, out):
+    moved = replace(data, name="elsewhere", source="another mount")
+    resume(out, moved, data="elsewhere", data_dir="there")
+    assert_same(out, whole())
+
+
+def test_an_output_that_can_only_be_read_is_copied_and_gone_on_with(data, whole, out, tmp_path, monkeypatch):
+    monkeypatch.setattr(ast.os, "access", lambda path, mode: Path(path) != out)
+    monkeypatch.setattr(ast, "PLACES", {"local": (str(tmp_path / "home"), ".")})
+    before, said = files(out), []
+    resume(out, data, said=said)
+    home = tmp_path / "home" / "cifar10_ast"
+    assert f"{out} can only be read: it was copied to {home}, where it goes on" in said
+    assert files(out) == before
+    assert_same(home, whole())
 
 
 @pytest.mark.parametrize("content", ['{"settings": {"lr"', "[]", '{"settings": {}}', "\0\xff", "fast"])
@@ -446,10 +406,8 @@ def test_resuming_beside_a_damaged_config_is_refused_in_a_sentence(data, out, co
     if content == "fast":  # a value that cannot be
         content = (out / "config.json").read_text().replace('"lr": 0.02', '"lr": "fast"')
     (out / "config.json").write_text(content, encoding="latin1")
-    before = files(out)
-    with pytest.raises(ast.BadInput, match=r"config\.json.*expected"):
+    with refused(out, r"config\.json.*expected"):
         resume(out, data)
-    assert files(out) == before
 
 
 def test_a_copied_folder_resumes_with_another_time_limit_and_without_metrics_and_summary(data, whole, out):
@@ -469,16 +427,24 @@ def test_resuming_a_finished_run_trains_nothing_and_changes_no_byte(data, whole,
     assert files(out) == before
 
 
+@contextlib.contextmanager
+def disk_that_takes(size):
+    """No file may grow beyond `size` bytes, as on a full disk; Python turns the signal into an OSError."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
 def test_a_full_disk_leaves_the_checkpoints_and_the_run_resumes_once_there_is_room(data, whole, out):
-    before = {path.name: path.read_bytes() for path in checkpoints(out)}
+    before = files(out / "checkpoints")
     with disk_that_takes(20_000), pytest.raises(ast.BadInput, match=r"ckpt: expected a folder with room"):
         resume(out, data)
-    assert {path.name: path.read_bytes() for path in (out / "checkpoints").iterdir()} == before
+    assert files(out / "checkpoints") == before
     resume(out, data)
     assert_same(out, whole())
-
-
-# --- killed ---
 
 
 def wait_for(process, out, number):
@@ -490,14 +456,14 @@ def wait_for(process, out, number):
         time.sleep(0.001)
 
 
-def test_killed_at_random_moments_and_resumed_equals_the_uninterrupted_run(tmp_path, monkeypatch):
+def test_killed_at_random_moments_and_resumed_equals_the_uninterrupted_run(script, tmp_path):
     """One kill in AST, one in the policy beside it, each soon after a checkpoint or in the middle of one."""
-    made, out, chance = Script(tmp_path), tmp_path / "out", random.Random()
+    out, chance, where = tmp_path / "out", random.Random(), []
     write_images(tmp_path / "images", train=20, test=4)
-    settings = {"data": "images", "epochs": 8, "batch_size": 16, "compare": "random", "device": "cpu"}
-    flags, where = [ast.flag(name) + f"={value}" for name, value in settings.items()], []
+    settings = "--data images --epochs 8 --batch-size 16 --compare random --device cpu".split()
+    flags = settings
     for checkpoint in (chance.randrange(1, 5), chance.randrange(11, 15)):
-        process = made.start(*flags, "--out", "out")
+        process = script.start(*flags, "--out", "out")
         wait_for(process, out, checkpoint)
         time.sleep(chance.uniform(0, 0.05))
         process.kill()
@@ -506,22 +472,14 @@ def test_killed_at_random_moments_and_resumed_equals_the_uninterrupted_run(tmp_p
         where.append(len(ast.load_checkpoint(out / "checkpoints", print)["finished"]))
         flags = ["--resume"]
     assert where == [0, 1]
-    made("--resume", "--out", "out", check=0)
-    monkeypatch.undo()  # the script's own network
-    monkeypatch.chdir(tmp_path)
-    ast.run(dataclasses.replace(ast.Settings(), **settings, out="whole"), (), [], say=lambda line: None)
+    script("--resume", "--out", "out", check=0)
+    script(*settings, "--out", "whole", check=0)
     assert_same(out, tmp_path / "whole")
 
 
-# --- checkpoints ---
-
-
-def state(number):
-    return {"number": number, "weights": torch.arange(1000.0) + number, "rows": [{"a": None}], "nan": 0.5}
-
-
 def save(folder, number):
-    ast.save_checkpoint(folder, state(number))
+    weights = torch.arange(1000.0) + number
+    ast.save_checkpoint(folder, {"number": number, "weights": weights, "rows": [{"a": None}]})
     return sorted(folder.glob("*.ckpt"))[-1]
 
 
@@ -536,16 +494,16 @@ def test_a_checkpoint_comes_back_as_it_was_and_two_are_kept(tmp_path):
         save(folder, number)
         found, said = loaded(folder)
         assert (found["number"], found["rows"], said) == (number, [{"a": None}], [])
-        assert torch.equal(found["weights"], state(number)["weights"])
+        assert torch.equal(found["weights"], torch.arange(1000.0) + number)
         assert len(list(folder.iterdir())) == min(number + 1, 2)
 
 
-def flip(at, content):
-    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+def flip(place, content):
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
 
 
 DAMAGES = [lambda c, end=end: c[:end] for end in (0, 10, 32, 2000, -1)]
-DAMAGES += [lambda c: c + b"\0", *(functools.partial(flip, at) for at in (0, 40, 2000, -1))]
+DAMAGES += [lambda c: c + b"\0", *(partial(flip, place) for place in (0, 40, 2000, -1))]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -553,47 +511,18 @@ def test_whatever_the_damage_it_is_noticed_and_the_checkpoint_before_serves(tmp_
     for number in range(2):
         newest = save(tmp_path, number)
     newest.write_bytes(damage(newest.read_bytes()))
-    found, said = loaded(tmp_path)
-    assert found["number"] == 0
-    assert len(said) == 1
-    assert f"{newest} is damaged" in said[0]
+    found, (said,) = loaded(tmp_path)
+    assert found["number"] == 0 and f"{newest} is damaged" in said
     save(tmp_path, 2).write_bytes(b"damaged as well")
     assert loaded(tmp_path)[0]["number"] == 0, "two whole ones are kept again"
 
 
-@contextlib.contextmanager
-def disk_that_takes(size):
-    """No file may grow beyond `size` bytes, as on a full disk; Python turns the signal into an OSError."""
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "summary.json"
-    ast.write_whole(path, b"old" * 100)
-    with disk_that_takes(150), pytest.raises(ast.BadInput, match=r"summary\.json"):
-        ast.write_whole(path, b"new" * 100)
-    assert path.read_bytes() == b"old" * 100
-    ast.write_whole(path, b"new")
-    assert path.read_bytes() == b"new"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-class Evil:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
 def test_a_checkpoint_runs_no_code(tmp_path):
-    buffer = io.BytesIO()
-    torch.save({"number": Evil(str(tmp_path / "hacked"))}, buffer)
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "hacked"),)
+
+    torch.save({"number": Evil()}, buffer := io.BytesIO())
     payload = buffer.getvalue()
     (tmp_path / "000000.ckpt").write_bytes(hashlib.sha256(payload).digest() + payload)
     with contextlib.suppress(pickle.UnpicklingError, ast.BadInput):

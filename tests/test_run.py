@@ -65,10 +65,11 @@ def test_the_folder_holds_everything_and_nothing_is_written_beside_it(ran):
 
 
 NUMBER, MAYBE = (int, float), (int, float, type(None))
-SUMMARY = {"program": str, "dataset": str, "synthetic": bool, "n_train": int, "n_val": int, "model": str}
+SUMMARY = {"program": str, "dataset": str, "synthetic": bool, "n_train": int, "n_val": int}
+SUMMARY |= {"chance_percent": NUMBER, "steps_per_epoch": int, "model": str}
 SUMMARY |= {"device": str, "platform": str, "torch": str, "out": str, "seeds": list, "complete": bool}
 SUMMARY |= {"stopped_by": (str, type(None)), "changes_by_hand": int, "skipped_images": int}
-SUMMARY |= {"policies": dict, "references": dict, "measured": dict}
+SUMMARY |= {"policies": dict, "references": dict, "measured": dict, "clock": (str, type(None))}
 POLICY = dict.fromkeys("final_accuracy best_accuracy activation_rate candidates activated".split(), NUMBER)
 POLICY |= dict.fromkeys("train_seconds total_seconds flops unit_energy".split(), NUMBER)
 POLICY |= {"joules": MAYBE, "joules_method": str, "flops_per_sample": dict, "flops_uncounted": list}
@@ -193,7 +194,7 @@ def test_events_have_the_keys_of_the_first_edition_and_the_report_counts_changes
 
 def test_the_saved_model_is_the_first_policys_of_the_first_seed(ran):
     model = small_net(None, ast.shapes(N, VAL))
-    model.load_state_dict(torch.load(ran.out / "model.pt", weights_only=True))
+    model.load_state_dict(torch.load(ran.out / "model.pt", weights_only=True)["state_dict"])
     data = ast.shapes(N, VAL)
     with torch.no_grad():
         views = ast.normalise(torch.from_numpy(data.val_images))
@@ -288,25 +289,7 @@ def test_prepared_data_serve_the_run(tmp_path, capsys):
     assert "SYNTHETIC images, made by this program: shapes, 120 training" in capsys.readouterr().out
     assert (settings.device, settings.data_dir) == ("cpu", "./data")
     found = ast.run(settings, listeners=[], say=lambda line: None, data=data)
-    assert (found["n_train"], found["n_val"], found["complete"]) == (N, 2000, True)
-
-
-@pytest.mark.parametrize(
-    "cell,flags,env,expected",
-    [
-        ({}, [], {}, ("accuracy", 0.4, None)),
-        ({}, ["--profile", "efficiency"], {}, ("efficiency", 0.15, 1)),
-        ({}, [], {"AST_PROFILE": "efficiency"}, ("efficiency", 0.15, 1)),
-        ({"profile": "efficiency"}, [], {}, ("efficiency", 0.15, 1)),
-        ({"profile": "efficiency"}, ["--profile", "accuracy"], {}, ("accuracy", 0.4, None)),
-        ({"warmup_epochs": 3}, ["--profile", "efficiency"], {}, ("efficiency", 0.15, 3)),
-        ({}, ["--profile", "efficiency", "--target-activation", "0.3"], {}, ("efficiency", 0.3, 1)),
-        ({}, ["--profile", "efficiency"], {"AST_WARMUP_EPOCHS": "2"}, ("efficiency", 0.15, 2)),
-    ],
-)
-def test_a_profile_sets_what_nobody_else_did(imagenet, cell, flags, env, expected):
-    found = imagenet.parse(replace(imagenet.Settings(), **cell), flags, env)
-    assert (found.profile, found.target_activation, found.warmup_epochs) == expected
+    assert (found["n_train"], found["n_val"], found["complete"]) == (N, 1000, True)
 
 
 KAGGLE, COLAB = {"KAGGLE_KERNEL_RUN_TYPE": "Batch"}, {"COLAB_RELEASE_TAG": "release"}
@@ -330,7 +313,12 @@ def test_results_and_downloads_go_where_the_platform_keeps_them(monkeypatch, env
 
 
 def test_only_settings_that_differ_from_the_defaults_are_printed(ran):
-    shown = dict(line.strip().split(" = ") for line in ran.printed if re.match(r"  \w+ = ", line))
+    assert ran.printed[0] == "cifar10_ast: 8 runs: ast, full, random, short, with 2 seeds each"
+    assert ran.printed[1].startswith("  torch ")
+    first = next(place for place, line in enumerate(ran.printed) if line.startswith("data: "))
+    assert max(map(len, ran.printed[2:first])) <= 80
+    text = " ".join(line.strip() for line in ran.printed[2:first])
+    shown = dict(re.findall(r"(\w+) = (\S+?)(?:, |$)", text))
     settings = replace(settings_of(ran.out), compare="full,random,short", seeds="3,1", data_dir="./data")
     own = {item.name: item.default for item in fields(settings)}
     assert shown == {n: str(v) for n, v in vars(settings).items() if n in own and v != own[n]}
@@ -353,7 +341,12 @@ def test_the_tables_fit_80_columns_and_line_up(ran):
     assert {len(line) for line in lines[:-4]} == {len(starts[0])}
     row = {"policy": "random", "epoch": 100, "epochs": 100, "phase": "warmup", "val_accuracy": 100.0}
     row |= {"train_loss": 12.3456, "activation_rate": 1.0, "target_activation": 1.0, "threshold": -1.25}
-    assert len(ast.epoch_line(row | {"seconds": 99999.9, "eta_seconds": 35999})) <= 80
+    assert len(ast.epoch_line(row | {"seconds": 35999.9}, "299/300", 35999)) <= 80
+    numbers = [line.split()[1] for line in lines[:-4]]
+    whole = len(rows(ran.out))
+    assert numbers == [f"{epoch}/{whole}" for epoch in range(1, whole + 1)], "counted over the whole run"
+    phases = {line.split()[2] for line in lines[:-4] if line.startswith(("full", "short"))}
+    assert phases == {"-"}, "plain training has none"
     costs = {"final_accuracy": 100.0, "activation_rate": 1.0, "train_seconds": 86400, "total_seconds": 90000}
     costs |= {"flops": 9e17, "unit_energy": 1.3e12, "joules": 87654321.0}
     assert all(len(line) <= 80 for line in ast.table_of({"random": costs}))
@@ -364,10 +357,7 @@ def test_the_tables_fit_80_columns_and_line_up(ran):
     "measured,told",
     [
         ({"speedup_vs_full": None},
-         "no full run beside it (--compare full), so what is saved was not measured"),
-        ({"speedup_vs_full": 0.83, "total_speedup_vs_full": 0.9, "flops_saved_percent_vs_full": -12.34,
-          "accuracy_minus_full": -1.5}, "measured against full training: 0.83 times its training speed "
-         "(0.90 times with evaluation and checkpoints), -12.3 % FLOPs saved, -1.50 points of accuracy"),
+         "no whole full run beside it (--compare full), so what is saved was not measured"),
         ({"accuracy_minus_random": 0.004}, "ast is ahead of random selection of as many samples: +0.00 "),
         ({"accuracy_minus_random": -2.0}, "ast is not ahead of random selection of as many samples: -2.00 "),
         ({"accuracy_minus_short": 0.0}, "ast is not ahead of plain training of as few epochs: +0.00 points"),
@@ -380,6 +370,69 @@ def test_the_report_tells_what_was_measured_whichever_way_it_fell(ran, measured,
     assert line.endswith("points, seeds: 2 (one proves nothing)") == ("ahead of" in told)
     others = [line for line in lines if "measured" in line or "ahead of" in line]
     assert len(others) == (1 if "speedup_vs_full" in measured else 2)
+
+
+SPEED = {"speedup_vs_full": 0.8, "total_speedup_vs_full": 0.9, "flops_saved_percent_vs_full": 12.34}
+SPEED |= {"accuracy_minus_full": -1.5}
+
+
+@pytest.mark.parametrize("clock", [None, "full: equal epochs took 1.0 to 3.0 s"])
+def test_one_saving_is_told_as_measured_and_no_time_where_the_clock_cannot_be_trusted(ran, clock):
+    measured = dict.fromkeys(MEASURED.split()) | SPEED
+    lines = ast.report(ran.summary | {"measured": measured, "clock": clock}).splitlines()
+    told = lines[lines.index("", 1) + 1 :]
+    if clock:
+        assert told[0].startswith("ast saved 12.3 % of full training's FLOPs, with ")
+        assert told[1] == f"no time is quoted, since the clock cannot be trusted: {clock}"
+        assert not any("-25.0 %" in line or "-11.1 %" in line for line in told)
+    else:
+        assert told[0].startswith("ast saved -25.0 % of full training's time, measured, with ")
+        assert told[0].endswith(" % fewer samples, at -1.50 points of accuracy")
+        assert told[1].startswith("with evaluation and checkpoints: -11.1 %")
+        assert told[2].startswith("FLOPs: 12.3 %")
+    assert sum(line.startswith("unit energy, a model: ") for line in told) == 1
+
+
+def of(policy, seconds, rate=1.0, scoring=0.0):
+    epochs = [{"seconds": s, "target_activation": rate} for s in seconds]
+    phases = {"scoring": {"seconds": scoring}}
+    train = {"policy": policy, "seed": 0, "complete": True, "train_seconds": sum(seconds)}
+    return train | {"epochs": epochs, "phases": phases}
+
+
+@pytest.mark.parametrize(
+    "results,doubted",
+    [
+        ([of("full", [9, 3, 3.4, 3])], None),
+        ([of("full", [3, 3, 5, 3])], "full: equal epochs took 3.0 to 5.0 s"),
+        ([of("full", [0.1, 0.1, 0.3])], None),
+        ([of("ast", [3, 3], 0.4), of("random", [3, 3.5], 0.4)], None),
+        (
+            [of("ast", [3, 3], 0.4), of("random", [6, 6], 0.4)],
+            "as many samples took ast 6.0 s and random 12.0 s",
+        ),
+        ([of("ast", [6, 6], 0.4, scoring=5.0), of("random", [3, 3], 0.4)], None),
+    ],
+)
+def test_a_clock_is_doubted_where_equal_work_took_unequal_time(results, doubted):
+    assert ast.doubt(results) == doubted
+
+
+def test_an_accuracy_stands_beside_chance_and_what_few_images_can_tell(ran):
+    few = {"n_val": 18, "steps_per_epoch": 2, "chance_percent": 50.0}
+    assert ast.caution(ran.summary | few) == [
+        "naming the commonest class each time would be right in 50.0 %",
+        "only 18 validation images: each is 5.56 points",
+        "only 2 steps an epoch: a smaller --batch-size learns faster",
+    ]
+    many = {"n_val": 500, "steps_per_epoch": 20, "chance_percent": 10.0}
+    assert len(ast.caution(ran.summary | many)) == 1
+
+
+@pytest.mark.parametrize("n,given,expected", [(20_000, None, 64), (90, None, 4), (30, None, 2), (90, 32, 32)])
+def test_a_batch_leaves_twenty_steps_an_epoch_unless_somebody_set_it(n, given, expected):
+    asked = ast.fill_defaults(ast.Settings(device="cpu", batch_size=given))
+    assert ast.fitted(asked, ast.ImageData(*"abc", None, np.zeros(n), *"def")).batch_size == expected
 
 
 def test_the_report_tells_of_references_and_how_to_go_on(ran):
@@ -405,7 +458,7 @@ def test_the_script_alone_in_an_empty_folder_trains_on_ones_own_images(script):
     assert json.loads((out / "config.json").read_text())["settings"]["batch_size"] == 8
     assert "SYNTHETIC" not in done.stdout
     assert f"results: {out.relative_to(script.folder)}" in done.stdout
-    assert len([line for line in done.stdout.splitlines() if re.match(r"(ast|random) +\d/3", line)]) == 6
+    assert len([line for line in done.stdout.splitlines() if re.match(r"(ast|random) +\d/6", line)]) == 6
     assert found["policies"]["ast"]["final_accuracy"] > 50, "three colours are learned"
 
 
@@ -423,6 +476,7 @@ def test_importing_the_program_prints_and_writes_nothing_and_help_lists_every_se
     for item in fields(ast.Settings):
         assert re.search(rf" {ast.flag(item.name)}[ ,].*{re.escape(item.metadata['help'])}", shown), item.name
     assert {"(default: 0.4)", "(default: auto)"} <= set(re.findall(r"\(default: \S+\)", shown))
+    assert "--predict PATH" in shown, "no setting, but a flag"
 
 
 @pytest.mark.parametrize(
@@ -468,7 +522,7 @@ def test_a_time_limit_is_a_clean_end(tmp_path, monkeypatch):
 
 def test_a_second_signal_ends_it_at_once(tmp_path):
     with Script(tmp_path).start("--data", "shapes", "--train-size", 200_000) as process:  # draws for long
-        assert process.stdout.readline().startswith("cifar10_ast: torch")
+        assert process.stdout.readline().startswith("cifar10_ast: 3 runs: ast, full, random")
         process.send_signal(signal.SIGTERM)
         assert process.stderr.readline() == "SIGTERM: saving and stopping; once more to stop at once\n"
         process.send_signal(signal.SIGTERM)

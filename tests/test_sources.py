@@ -1,7 +1,11 @@
 """Where samples come from: arrays, datasets and DataLoaders; unreadable samples; batches on their way."""
 
+import copy
 import importlib.util
+import math
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,7 +90,13 @@ def test_what_is_no_source_is_refused_in_a_sentence(what):
 @pytest.mark.parametrize("wrap", [tuple, lambda arrays: TensorDataset(*map(torch.as_tensor, arrays))])
 @pytest.mark.parametrize(
     "dtype,shape,channels_last",
-    [(np.uint8, (4, 8, 8, 3), True), (np.uint8, (4, 5), False), (np.float64, (4, 3, 8, 8), False)],
+    [
+        (np.uint8, (4, 8, 8, 3), True),
+        (np.uint8, (4, 8, 8, 4), True),
+        (np.float32, (4, 8, 8, 1), True),
+        (np.uint8, (4, 5), False),
+        (np.float64, (4, 3, 8, 8), False),
+    ],
 )
 def test_images_become_float_inputs_channels_first(wrap, dtype, shape, channels_last):
     images = (np.random.default_rng(0).random(shape) * 200).astype(dtype)
@@ -100,7 +110,8 @@ ARRAYS = torch.arange(6.0)[:, None], torch.arange(6)
 
 
 KNOWN = [(torch.rand(10, 2), np.arange(10)), TensorDataset(torch.rand(10, 2), torch.arange(10))]
-KNOWN += [told(list(range(10))), told(torch.arange(10))]
+KNOWN += [told(list(range(10))), told(torch.arange(10)), told(np.arange(10.0)[:, None])]
+KNOWN += [data.Subset(told([0, 0, *range(10)]), range(2, 12))]
 UNKNOWN = [Numbers(10), told(["cat"] * 10), told({"a": 1}), told(list(range(10)), lambda label: label // 5)]
 
 
@@ -222,6 +233,135 @@ def test_an_unreadable_validation_sample_is_refused_in_a_sentence():
         list(source_of(Numbers(40, broken=[5])).in_order())
 
 
+CLASSES = torch.arange(12) % 3
+SURE = {
+    "columns": CLASSES[:, None].to(torch.uint8),
+    "floats": CLASSES.double(),
+    "a column of floats": CLASSES[:, None].float(),
+    "one-hot": nn.functional.one_hot(CLASSES),
+    "one-hot floats": nn.functional.one_hot(CLASSES).float(),
+    "numpy": CLASSES.numpy().astype(np.int16),
+    "booleans": CLASSES > 0,
+}
+UNSURE = {
+    "soft": nn.functional.one_hot(CLASSES, 3) * 0.8 + 0.2 / 3,
+    "fractions": CLASSES + 0.5,
+    "not a number": CLASSES * math.nan,
+    "two columns": torch.stack([CLASSES, CLASSES], 1),
+    "words": np.array(["ant", "bee", "cow"] * 4),
+}
+KINDS_OF_DATA = {
+    "arrays": lambda labels: (torch.eye(3)[CLASSES], labels),
+    "loader": lambda labels: DataLoader(list(zip(torch.eye(3)[CLASSES], labels, strict=True)), 4),
+}
+
+
+@pytest.mark.parametrize("form", KINDS_OF_DATA)
+@pytest.mark.parametrize("kind", SURE)
+def test_labels_are_taken_where_they_can_only_mean_classes(kind, form):
+    samples = KINDS_OF_DATA[form](SURE[kind])
+    source = ast.as_source(samples, CPU, 4, "train_loader")
+    expected = CLASSES.bool().long() if kind == "booleans" else CLASSES
+    assert torch.equal(torch.cat([labels for _, labels in source.in_order()]), expected)
+    options = {"config": {"device": "cpu", "lr": 0.5}, "listeners": []}
+    trained = ast.AdaptiveSparseTrainer(nn.Linear(3, 3), samples, samples, **options).train(epochs=5)
+    assert trained["final_accuracy"] == 100
+
+
+@pytest.mark.parametrize("side", ["train", "val"])
+@pytest.mark.parametrize("form", KINDS_OF_DATA)
+@pytest.mark.parametrize("kind", UNSURE)
+def test_labels_of_another_meaning_are_refused_before_a_step_is_taken(kind, form, side):
+    good, bad = KINDS_OF_DATA[form](CLASSES), KINDS_OF_DATA[form](UNSURE[kind])
+    model, sides = nn.Linear(3, 3), (bad, good) if side == "train" else (good, bad)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ast.BadInput, match=r"labels.*expected"):
+        trainer = ast.AdaptiveSparseTrainer(model, *sides, {"device": "cpu"}, listeners=[])
+        trainer.train(epochs=2)
+    assert side == "val" or all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("form", KINDS_OF_DATA)
+def test_a_loss_of_ones_own_reads_labels_as_they_are(form):
+    def loss(logits, labels):
+        assert labels.dtype == UNSURE["soft"].dtype and labels.shape == logits.shape
+        return -(labels * logits.log_softmax(1)).sum(1)
+
+    told, soft, hard = [], *(KINDS_OF_DATA[form](labels) for labels in (UNSURE["soft"], CLASSES))
+    options = {"criterion": loss, "listeners": [lambda event, data: told.append((event, data))]}
+    trainer = ast.AdaptiveSparseTrainer(nn.Linear(3, 3), soft, hard, {"device": "cpu", "lr": 0.5}, **options)
+    assert trainer.train(epochs=5)["final_accuracy"] == 100
+    notices = [data["text"] for event, data in told if event == "notice"]
+    assert notices == ["labels that are no classes: the significance of a sample is its own loss"]
+    assert trainer.gate.memory.significance.isfinite().all()
+
+
+class Uneven(Numbers):
+    """Every sample is good, and no two make a batch."""
+
+    def __getitem__(self, index):
+        return torch.zeros(index + 1), 0
+
+
+LIST = data.default_collate
+COLLATES = {
+    "one is dropped": (200, lambda samples: LIST([s for s in samples if s[0][0] != 7]), None),
+    "all are dropped": (200, lambda samples: [], r"200 of 200 samples unreadable|batch that is a list"),
+    "three parts": (20, lambda samples: [*LIST(samples), 0], "a batch that is a list of 3: expected .images"),
+    "a dict": (
+        20,
+        lambda samples: dict(zip("ab", LIST(samples), strict=True)),
+        "a batch that is a dict of 2",
+    ),
+    "uneven": (20, LIST, "a batch fails whose samples are whole"),
+}
+
+
+@pytest.mark.parametrize("kind", COLLATES)
+def test_a_collate_that_drops_or_breaks_samples_loses_a_few_or_is_told(kind):
+    n, collate, refusal = COLLATES[kind]
+    samples = Uneven(n) if kind == "uneven" else Numbers(n)
+    loader = DataLoader(samples, 8, collate_fn=collate)
+    config = {"device": "cpu"}
+    trainer = ast.AdaptiveSparseTrainer(nn.Linear(2, 3), loader, Numbers(9), config, listeners=[])
+    if refusal:
+        with pytest.raises(ast.BadInput, match=refusal):
+            trainer.train(epochs=1)
+    else:
+        assert trainer.train(epochs=1)["activated"] == n - 1
+        assert list(trainer.train_source.unreadable) == [7]
+
+
+NOTEBOOK = """
+import sys; sys.argv = ["x"]; globals().pop("__file__", None)
+import multiprocessing; multiprocessing.set_start_method("{method}", force=True)
+sys.path.insert(0, {folder!r})
+import torch; from torch import nn; from cifar10_ast import *
+class Own(torch.utils.data.Dataset):
+    def __len__(self): return 16
+    def __getitem__(self, index): return torch.zeros(3), index % 2
+data = {data}
+loader = torch.utils.data.DataLoader(data, 8, num_workers=1)
+trainer = AdaptiveSparseTrainer(nn.Linear(3, 2), loader, loader, dict(device="cpu"), listeners=[])
+print(trainer.train(epochs=1)["activated"], trainer.train_source.how["num_workers"])
+"""
+SEEN = "torch.utils.data.TensorDataset(torch.zeros(16, 3), torch.arange(16) % 2)"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method,what",
+    [("spawn", "Own()"), ("forkserver", "Subset(Own(), range(16))"), ("spawn", SEEN), ("fork", "Own()")],
+)
+def test_workers_serve_in_a_notebook_or_are_left_out_where_they_cannot_see(method, what):
+    folder = str(Path(ast.__file__).parent)
+    code = NOTEBOOK.format(method=method, folder=folder, data=what)
+    done = subprocess.run([sys.executable, "-"], input=code, capture_output=True, text=True, check=False)
+    hidden = what != SEEN and method != "fork"
+    assert done.stdout.split() == ["16", str(int(not hidden))], done.stderr
+    assert done.stderr.count("workers cannot see") == hidden, "once"
+
+
 def one_epoch(n, size, gate):
     """The samples 0, 1, …, n - 1 of one epoch, batch by batch; and how many the gate had seen at each."""
 
@@ -248,11 +388,13 @@ def test_every_activated_sample_is_trained_on_once_in_full_batches(n, size, shar
     batches, _ = one_epoch(n, size, gate)
     expected = [i for i in range(n) if i * 7919 % 1000 < share]
     assert sorted(gate.asked) == list(range(n))
-    assert sorted(i for batch in batches for i in batch) == sorted(gate.told) == expected
+    lone = len(expected) == 1 < size  # batch norm cannot train on one
+    assert sorted(i for batch in batches for i in batch) == ([] if lone else expected)
+    assert sorted(gate.told) == expected and sorted(gate.lost) == (expected if lone else [])
     lengths = [len(batch) for batch in batches]
     assert all(length == size for length in lengths[:-2])
     assert len(lengths) < 2 or size + 1 >= max(lengths) >= min(lengths) >= size / 2, "the last two share"
-    assert len(expected) < 2 or size == 1 or min(lengths) > 1, "batch norm cannot train on one"
+    assert size == 1 or min(lengths, default=2) > 1
 
 
 def test_the_gate_is_asked_only_when_its_batches_are_due():
