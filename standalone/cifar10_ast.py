@@ -39,7 +39,7 @@
 # ## Your run
 #
 # A form in Colab, a few lines to edit elsewhere. To train on your own images, put the path of a folder with
-# `train/<class>/` and `val/<class>/`, or of a `.zip` like it, into `data`. Then Run all.
+# `train/<class>/` and `val/<class>/`, or with a folder a class, or of a `.zip` like it, into `data`. Run all.
 
 # %% Your run tags=["active-ipynb"]
 # data = "auto"  # @param ["auto", "cifar10", "shapes"] {"allow-input": true}
@@ -253,7 +253,9 @@ POLICY = "(full|random|short)"
 class Settings(ASTConfig):
     """All settings of this program, flat: the method's, and these."""
 
-    data: str = option("auto", "", "auto, cifar10, shapes, or a PATH: image folder, .zip or .tar.gz")
+    data: str = option(
+        "auto", "", "auto, cifar10, shapes, or a PATH: image folder, .zip, or CIFAR-10's .tar.gz"
+    )
     data_dir: str | None = option(None, "", "folder for downloads, searched first; the platform decides")
     train_size: int = option(0, "[0, inf)", "training samples, drawn evenly from the classes; 0 takes all")
     model: str = option("simple_cnn", ("simple_cnn", "resnet"), "the network")
@@ -1928,7 +1930,7 @@ def find_layout(path: Path, names: list[str], fraction: float) -> tuple[list[str
 
     A class is a folder with all that lies in it. A fraction of each is set aside where no validation images
     have classes. Returns the classes, {"train" and "val": (files, labels int64 [N])}, and lines to tell.
-    Raises BadInput where there is no set, or more than one.
+    Raises BadInput where there is no set, more than one, or a class in one split only.
     """
     images, others, told, splits = defaultdict(list), defaultdict(list), [], {}  # "a/b/" -> files in it
     for name in names:
@@ -1941,10 +1943,11 @@ def find_layout(path: Path, names: list[str], fraction: float) -> tuple[list[str
         told = [f"no validation images in class folders: {fraction:.0%} of each class are kept for it"]
         train, val = divide(train, fraction).values()
     if alone := ", ".join(sorted(train.keys() ^ val.keys())):
-        told = [
-            f"only in train or only in val, so left out (name the folder of train alone to keep it): {alone}"
-        ]
-    classes = sorted(train.keys() & val.keys())
+        raise BadInput(
+            f"--data {path}: only in train or only in val: {printable(alone)}; expected each in both; add "
+            f"images, or name train's folder alone, of which {fraction:.0%} are then kept for validation"
+        )
+    classes = sorted(train)
     for split, found in (("train", train), ("val", val)):
         labels = np.repeat(np.arange(len(classes)), [len(found[label]) for label in classes])
         splits[split] = [name for label in classes for name in found[label]], labels
@@ -1967,7 +1970,7 @@ def find_classes(path: Path, images: dict[str, list], others: dict[str, list]) -
         train, depth = found["tr"], folder.count("/")
         val = next((found[split] for split in ("va", "te") if found[split].keys() & train.keys()), {})
         many = {label: files for label, files in (train or found[""]).items() if len(files) > 1}
-        if len(train.keys() & val.keys()) > 1:
+        if val and len(train.keys() | val.keys()) > 1:
             ranked[0, depth].append((folder, train, val))
         elif len(many) > 1 and not all(re.fullmatch(SPLIT, f"{label}/", re.IGNORECASE) for label in many):
             ranked[0 if train else 1, depth].append((folder, many, {}))
@@ -1975,7 +1978,7 @@ def find_classes(path: Path, images: dict[str, list], others: dict[str, list]) -
     if len(tops) != 1:
         found = ", ".join(top[0] for top in tops) or left_out(images, others, set()) or "no files"
         raise BadInput(
-            f"{path}: expected one set of two or more classes, train/<class>/ with val/<class>/ or "
+            f"--data {path}: expected one set of two or more classes, train/<class>/ with val/<class>/ or "
             f"test/<class>/, or a folder for each; found {printable(found)}; name the folder of one set"
         )
     return tops[0][1:]
@@ -2115,7 +2118,8 @@ def recognise(path: Path, standard: bool) -> tuple[Callable, Path] | None:
     if whole or check_integrity(archive, CIFAR10.tgz_md5):
         return read_official, root
     if not standard:
-        return None if batches.exists() or archive.exists() else (read_images, path)
+        known = path.exists() and not batches.exists() and not archive.exists()
+        return (read_images, path) if known else None
     zipped = path.is_file() and find_layout(path, names_in(path), VALIDATION)[0]
     classes = zipped or sorted(folder.name for folder in (path / "train").glob("*/"))
     return (read_images, path) if classes == CIFAR10_CLASSES else None
@@ -2172,7 +2176,7 @@ def load_data(settings: Settings, say: Callable[[str], None]) -> ImageData:
         expected = (
             "expected a folder or a whole .zip; correct the path, unpack another archive and name its folder"
         )
-        raise BadInput(f"{place}: {one_line(error)}, {expected}, or make room in {folder}") from error
+        raise BadInput(f"--data {place}: {one_line(error)}, {expected}, or make room in {folder}") from error
     data.name = "cifar10" if standard else data.name
     return data
 

@@ -1907,7 +1907,7 @@ def find_layout(path: Path, names: list[str], fraction: float) -> tuple[list[str
 
     A class is a folder with all that lies in it. A fraction of each is set aside where no validation images
     have classes. Returns the classes, {"train" and "val": (files, labels int64 [N])}, and lines to tell.
-    Raises BadInput where there is no set, or more than one.
+    Raises BadInput where there is no set, more than one, or a class in one split only.
     """
     images, others, told, splits = defaultdict(list), defaultdict(list), [], {}  # "a/b/" -> files in it
     for name in names:
@@ -1920,10 +1920,11 @@ def find_layout(path: Path, names: list[str], fraction: float) -> tuple[list[str
         told = [f"no validation images in class folders: {fraction:.0%} of each class are kept for it"]
         train, val = divide(train, fraction).values()
     if alone := ", ".join(sorted(train.keys() ^ val.keys())):
-        told = [
-            f"only in train or only in val, so left out (name the folder of train alone to keep it): {alone}"
-        ]
-    classes = sorted(train.keys() & val.keys())
+        raise BadInput(
+            f"--data {path}: only in train or only in val: {printable(alone)}; expected each in both; add "
+            f"images, or name train's folder alone, of which {fraction:.0%} are then kept for validation"
+        )
+    classes = sorted(train)
     for split, found in (("train", train), ("val", val)):
         labels = np.repeat(np.arange(len(classes)), [len(found[label]) for label in classes])
         splits[split] = [name for label in classes for name in found[label]], labels
@@ -1946,7 +1947,7 @@ def find_classes(path: Path, images: dict[str, list], others: dict[str, list]) -
         train, depth = found["tr"], folder.count("/")
         val = next((found[split] for split in ("va", "te") if found[split].keys() & train.keys()), {})
         many = {label: files for label, files in (train or found[""]).items() if len(files) > 1}
-        if len(train.keys() & val.keys()) > 1:
+        if val and len(train.keys() | val.keys()) > 1:
             ranked[0, depth].append((folder, train, val))
         elif len(many) > 1 and not all(re.fullmatch(SPLIT, f"{label}/", re.IGNORECASE) for label in many):
             ranked[0 if train else 1, depth].append((folder, many, {}))
@@ -1954,7 +1955,7 @@ def find_classes(path: Path, images: dict[str, list], others: dict[str, list]) -
     if len(tops) != 1:
         found = ", ".join(top[0] for top in tops) or left_out(images, others, set()) or "no files"
         raise BadInput(
-            f"{path}: expected one set of two or more classes, train/<class>/ with val/<class>/ or "
+            f"--data {path}: expected one set of two or more classes, train/<class>/ with val/<class>/ or "
             f"test/<class>/, or a folder for each; found {printable(found)}; name the folder of one set"
         )
     return tops[0][1:]
@@ -2214,7 +2215,7 @@ def read_folders(path: Path, val_fraction: float, say: Callable[[str], None]) ->
 
 def titles_of(labels: list[str], photos: Photos) -> list[str]:
     """Names for people: of Kaggle's Labels.json, {folder: "name, synonym"}, or the folders'."""
-    tables = [row for row, name in enumerate(photos.names) if name.rpartition("/")[2] == "Labels.json"]
+    tables = [row for row, name in enumerate(photos.names) if name.endswith("Labels.json")]
     table = dict(json.loads(photos.read(tables[0]))) if tables else {}
     titles = [str(table.get(label, label)).partition(",")[0] for label in labels]
     twice = {name for name in titles if titles.count(name) > 1}  # ImageNet has two cranes
