@@ -74,7 +74,7 @@ def replay(losses: Tensor, kind: str, target: float, **settings: object) -> list
         for candidates in torch.randperm(n, generator=generator).split(chunk):
             offered = candidates
             if kind == "live":
-                offered = ast.Views(candidates, candidates, candidates)
+                offered = ast.Batch(candidates, candidates, candidates, candidates, candidates[:0])
             chosen, _ = gate.select(offered, rate, generator)
             gate.observe(chosen, losses[epoch][chosen])
             spent += len(candidates) / n

@@ -86,7 +86,7 @@ class SelectiveBackprop(ast.LiveGate):
     percentile among the recent ones; β = 1/a - 1 makes that a of them."""
 
     def select(
-        self, candidates: ast.Views, target: float, generator: torch.Generator
+        self, candidates: ast.Batch, target: float, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Keeps by chance, harder views more often; 2 random ones if none."""
         scores = self.score(candidates.images, candidates.labels).cpu()
@@ -106,7 +106,7 @@ class TopK(ast.LiveGate):
         self.owed = 0.0  # samples, the fraction carried to the next batch
 
     def select(
-        self, candidates: ast.Views, target: float, generator: torch.Generator
+        self, candidates: ast.Batch, target: float, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """The hardest; 2 random ones where none is due."""
         scores = self.score(candidates.images, candidates.labels).cpu()
@@ -233,11 +233,19 @@ class Shrinking(ast.AdaptiveSparseTrainer):
         self.aside = torch.cat([self.aside, candidates[~torch.isin(candidates, chosen)]])
         return chosen, weights
 
-    def arrivals(self, batches: Iterable[ast.Batch]) -> Iterator[ast.Batch]:
-        """As the trainer, and batches of what was set aside."""
+    def train_epoch(self) -> bool:
+        """As the trainer, from a source that also delivers what was set aside."""
+        self.train_source.stream = self.delivered
+        try:
+            return super().train_epoch()
+        finally:
+            del self.train_source.stream
+
+    def delivered(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[ast.Batch]:
+        """The source's own batches, and those of what was set aside."""
         self.aside, self.shrunk = torch.empty(0, dtype=torch.int64), None
         size = self.train_source.batch_size
-        for batch in super().arrivals(batches):
+        for batch in type(self.train_source).stream(self.train_source, batches):
             yield batch
             while len(self.aside) >= size:
                 yield self.shrink(size)
@@ -247,9 +255,10 @@ class Shrinking(ast.AdaptiveSparseTrainer):
     def shrink(self, count: int) -> ast.Batch:
         """A batch of the first `count` that were set aside, at half resolution."""
         indices, self.aside = self.aside[:count], self.aside[count:]
-        (batch,) = self.train_source.stream([(indices, torch.ones(count))])
+        (batch,) = type(self.train_source).stream(self.train_source, [(indices, torch.ones(count))])
         small = F.interpolate(batch.images, scale_factor=0.5, mode="bilinear", antialias=True)
         self.shrunk = replace(batch, images=small.contiguous(memory_format=torch.channels_last))
+        self.tally.waiting += count  # nobody waits for them
         return self.shrunk
 
     def step(self, batch: ast.Batch) -> None:

@@ -81,7 +81,7 @@ def overview(source: Images) -> dict:
         "images": {split: len(source.names[split]) for split in SPLITS},
         "counts": {split: source.counts(source.labels[split]) for split in SPLITS},
         "told": source.told,
-        "problems": [line for line in source.told if line.startswith("only in")],
+        "problems": [],
     }
 
 
@@ -135,7 +135,7 @@ def summary(report: dict) -> str:
         )
     if report.get("deep"):
         lines.append(f"  grey of more than 8 bits: {report['deep']:,} images, each scaled to its own range")
-    lines += [f"  {line}" for line in report.get("told", []) if line not in report["problems"]]
+    lines += [f"  {line}" for line in report.get("told", [])]
     for item in report.get("unreadable", [])[:SHOWN]:
         lines.append(f"  unreadable: {item['file']} ({item['reason']})")
     for kind in COPIES:

@@ -27,9 +27,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 SUFFIXES = {suffix: form for suffix, form in Image.registered_extensions().items() if form in FORMATS}
 READ = sorted(set(SUFFIXES.values()))  # the formats that this Pillow has
 LARGEST_FILE = 64 << 20  # bytes; a photograph of 90 megapixels takes about 40 MB
-SPLIT = (
-    r"(train|training|val|valid|validation|test|testing)(?:\.X[^/]*)?/"  # Kaggle's ImageNet-100 has train.X1
-)
+SPLIT = r"(train|training|val|valid|validation|test|testing)(?:\.X[^/]*)?/"  # Kaggle's has train.X1
 LAYOUT = re.compile(rf"((?:[^/]+/)*?)(?:{SPLIT})+([^/]+)/.*", re.I)  # folder of the set, split, class
 Classes = dict[str, list[str]]  # a class -> its image files, named from the root
 Folders = dict[str, list[str]]  # a folder, "" or "a/b/" -> files that lie in it itself
@@ -58,9 +56,9 @@ def list_names(root: Path) -> list[str]:
     return sorted(names)
 
 
-def find_layout(path: Path, fraction: float) -> tuple[dict[str, Classes], list[str], str]:
-    """{split: {class: files}}, what to tell of it, and the name of Labels.json or "". Raises BadInput."""
-    images, others, told, names = defaultdict(list), defaultdict(list), [], list_names(path)
+def find_layout(path: Path, names: list[str], fraction: float) -> tuple[dict[str, Classes], list[str]]:
+    """{split: {class: files}} of the files below a path, and what to tell of it. Raises BadInput."""
+    images, others, told = defaultdict(list), defaultdict(list), []
     for name in names:
         *parts, file = name.replace("\\", "/").split("/")  # Windows writes such .zips
         if not any(part[:1] in ("", ".") or part in ("__MACOSX", "Labels.json") for part in (*parts, file)):
@@ -71,22 +69,16 @@ def find_layout(path: Path, fraction: float) -> tuple[dict[str, Classes], list[s
         told = [f"no validation images in class folders: {fraction:.0%} of each class are kept for it"]
         train, val = divide(train, fraction).values()
     if alone := ", ".join(sorted(train.keys() ^ val.keys())):
-        told = [
-            f"only in train or only in val, so left out (name the folder of train alone to keep it): {alone}"
-        ]
-    classes = sorted(train.keys() & val.keys())
-    splits = {
-        split: {label: part[label] for label in classes}
-        for split, part in zip(SPLITS, (train, val), strict=True)
-    }
+        raise BadInput(
+            f"{path}: only in train or only in val: {alone}; expected each in both; add "
+            f"images, or name train's folder alone, of which {fraction:.0%} are then kept for validation"
+        )
+    classes = sorted(train)
+    splits = {"train": {key: train[key] for key in classes}, "val": {key: val[key] for key in classes}}
     used = {name for part in splits.values() for files in part.values() for name in files}
     if left := left_out(images, others, used):
         told.append(f"left out: {left}")
-    return (
-        splits,
-        told,
-        next((name for name in names if name.endswith("Labels.json")), ""),
-    )
+    return splits, told
 
 
 def find_classes(path: Path, images: Folders, others: Folders) -> tuple[Classes, Classes]:
@@ -103,7 +95,7 @@ def find_classes(path: Path, images: Folders, others: Folders) -> tuple[Classes,
         train, depth = found["tr"], folder.count("/")
         val = next((found[split] for split in ("va", "te") if found[split].keys() & train.keys()), {})
         many = {label: files for label, files in (train or found[""]).items() if len(files) > 1}
-        if len(train.keys() & val.keys()) > 1:
+        if val and len(train.keys() | val.keys()) > 1:
             ranked[0, depth].append((folder, train, val))
         elif len(many) > 1 and not all(re.fullmatch(SPLIT, f"{label}/", re.I) for label in many):
             ranked[0 if train else 1, depth].append((folder, many, {}))
@@ -147,19 +139,18 @@ class Images:
 
     def __init__(self, path: Path, val_fraction: float = 0.2, workers: int = 0):
         """Find the images. Raises BadInput where there are none, or too few for two classes and splits."""
-        splits, self.told, table = find_layout(path, val_fraction)
+        names = list_names(path)
+        splits, self.told = find_layout(path, names, val_fraction)
         self.keys = [key.encode("utf-8", "backslashreplace").decode() for key in splits["train"]]
-        self.path, self.workers, self.archive = (
-            path,
-            workers,
-            None if path.is_dir() else zipfile.ZipFile(path),
-        )
+        self.path, self.workers = path, workers
+        self.archive = None if path.is_dir() else zipfile.ZipFile(path)
         self.names, self.labels = {}, {}
         for split, classes in splits.items():
             self.names[split] = [name for files in classes.values() for name in files]
             counts = [len(files) for files in classes.values()]
             self.labels[split] = np.repeat(np.arange(len(self.keys)), counts)
-        self.classes = self.titles(table) if table else self.keys
+        tables = [name for name in names if name.endswith("Labels.json")]
+        self.classes = self.titles(tables[0]) if tables else self.keys
 
     def titles(self, name: str) -> list[str]:
         """The classes' names, from Kaggle's Labels.json, {folder: "name, synonym, ..."}."""
@@ -167,8 +158,8 @@ class Images:
             table = json.loads(self.content(name))
             titles = [table.get(key, key).partition(",")[0] for key in self.keys]
         except (OSError, ValueError, AttributeError) as error:
-            problem = one_line(error)
-            raise BadInput(f"{self.path / name}: expected {{folder: name}} in JSON ({problem})") from error
+            found = one_line(error)
+            raise BadInput(f"{self.path / name}: expected {{folder: name}} in JSON ({found})") from error
         pairs = zip(self.keys, titles, strict=True)  # of equal ones (two cranes) each gets its key too
         return [f"{title} ({key})" if titles.count(title) > 1 else title for key, title in pairs]
 

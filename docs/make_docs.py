@@ -25,7 +25,7 @@ import imagenet100_ast as images  # noqa: E402
 CHAPTERS = {
     "Train a model of your own": ["ASTConfig", "AdaptiveSparseTrainer", "Controls", "BadInput"],
     "Run the whole program": ["Settings", "prepare", "run", "run_live", "ImageData"],
-    "Gates": ["RememberedGate", "LiveGate", "RandomGate", "Views"],
+    "Gates": ["RememberedGate", "LiveGate", "RandomGate", "Batch"],
     "What it cost": ["Ledger"],
 }
 OPENING = """\

@@ -39,7 +39,7 @@
 # ## Your run
 #
 # A form in Colab, a few lines to edit elsewhere. To train on your own images, put the path of a folder with
-# `train/<class>/` and `val/<class>/`, or of a `.zip` like it, into `data`. Then Run all.
+# `train/<class>/` and `val/<class>/`, or with a folder a class, or of a `.zip` like it, into `data`. Run all.
 
 # %% Your run tags=["active-ipynb"]
 # data = "auto"  # @param ["auto", "cifar10", "shapes"] {"allow-input": true}
@@ -253,7 +253,9 @@ POLICY = "(full|random|short)"
 class Settings(ASTConfig):
     """All settings of this program, flat: the method's, and these."""
 
-    data: str = option("auto", "", "auto, cifar10, shapes, or a PATH: image folder, .zip or .tar.gz")
+    data: str = option(
+        "auto", "", "auto, cifar10, shapes, or a PATH: image folder, .zip, or CIFAR-10's .tar.gz"
+    )
     data_dir: str | None = option(None, "", "folder for downloads, searched first; the platform decides")
     train_size: int = option(0, "[0, inf)", "training samples, drawn evenly from the classes; 0 takes all")
     model: str = option("simple_cnn", ("simple_cnn", "resnet"), "the network")
@@ -671,19 +673,10 @@ def rank_within(u: Tensor, labels: Tensor) -> Tensor:
 # scores them with a forward pass in eval mode, and trains on those above $\theta$. That pass is a third of
 # a training step, so live selection at rate $a$ costs $\tfrac13 + a$, and the ledger charges it: below $a
 # \approx \tfrac23$ it still saves, but never as much as not looking at all. A gate with `needs_views =
-# True` receives `Views` in place of indices.
+# True` receives a `Batch` of views in place of indices.
 
 
 # %% A gate after the loader tags=["shared"]
-@dataclass
-class Views:
-    """Augmented candidates: indices int64 [m] on the CPU; images [m, ...], labels int64 [m] on the device."""
-
-    indices: Tensor
-    images: Tensor
-    labels: Tensor
-
-
 class LiveGate:
     """Activates the views whose own significance exceeds θ; costs a scoring pass a candidate, plus a."""
 
@@ -696,7 +689,7 @@ class LiveGate:
         self.controller = Controller(config)
         self.recent = torch.empty(0)
 
-    def select(self, candidates: Views, target: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def select(self, candidates: Batch, target: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Activates what ranks above θ; 2 random ones if nothing does."""
         scores = self.score(candidates.images, candidates.labels).cpu()  # the one sync per candidate batch
         finite = scores.isfinite()
@@ -1367,8 +1360,7 @@ def filtered(trainer: AdaptiveSparseTrainer, batches: Iterable[Batch]) -> Iterat
         chosen = batch
         if trainer.rate < 1:
             with trainer.ledger.charge("scoring"):
-                views = Views(batch.indices, batch.images, batch.labels)
-                chosen = batch.rows(*trainer.gate.select(views, trainer.rate, trainer.generator))
+                chosen = batch.rows(*trainer.gate.select(batch, trainer.rate, trainer.generator))
         trainer.emit("chunk", **decision(trainer, batch.indices, chosen.indices))
         yield chosen
 
@@ -1938,7 +1930,7 @@ def find_layout(path: Path, names: list[str], fraction: float) -> tuple[list[str
 
     A class is a folder with all that lies in it. A fraction of each is set aside where no validation images
     have classes. Returns the classes, {"train" and "val": (files, labels int64 [N])}, and lines to tell.
-    Raises BadInput where there is no set, or more than one.
+    Raises BadInput where there is no set, more than one, or a class in one split only.
     """
     images, others, told, splits = defaultdict(list), defaultdict(list), [], {}  # "a/b/" -> files in it
     for name in names:
@@ -1951,10 +1943,11 @@ def find_layout(path: Path, names: list[str], fraction: float) -> tuple[list[str
         told = [f"no validation images in class folders: {fraction:.0%} of each class are kept for it"]
         train, val = divide(train, fraction).values()
     if alone := ", ".join(sorted(train.keys() ^ val.keys())):
-        told = [
-            f"only in train or only in val, so left out (name the folder of train alone to keep it): {alone}"
-        ]
-    classes = sorted(train.keys() & val.keys())
+        raise BadInput(
+            f"--data {path}: only in train or only in val: {printable(alone)}; expected each in both; add "
+            f"images, or name train's folder alone, of which {fraction:.0%} are then kept for validation"
+        )
+    classes = sorted(train)
     for split, found in (("train", train), ("val", val)):
         labels = np.repeat(np.arange(len(classes)), [len(found[label]) for label in classes])
         splits[split] = [name for label in classes for name in found[label]], labels
@@ -1977,7 +1970,7 @@ def find_classes(path: Path, images: dict[str, list], others: dict[str, list]) -
         train, depth = found["tr"], folder.count("/")
         val = next((found[split] for split in ("va", "te") if found[split].keys() & train.keys()), {})
         many = {label: files for label, files in (train or found[""]).items() if len(files) > 1}
-        if len(train.keys() & val.keys()) > 1:
+        if val and len(train.keys() | val.keys()) > 1:
             ranked[0, depth].append((folder, train, val))
         elif len(many) > 1 and not all(re.fullmatch(SPLIT, f"{label}/", re.IGNORECASE) for label in many):
             ranked[0 if train else 1, depth].append((folder, many, {}))
@@ -1985,7 +1978,7 @@ def find_classes(path: Path, images: dict[str, list], others: dict[str, list]) -
     if len(tops) != 1:
         found = ", ".join(top[0] for top in tops) or left_out(images, others, set()) or "no files"
         raise BadInput(
-            f"{path}: expected one set of two or more classes, train/<class>/ with val/<class>/ or "
+            f"--data {path}: expected one set of two or more classes, train/<class>/ with val/<class>/ or "
             f"test/<class>/, or a folder for each; found {printable(found)}; name the folder of one set"
         )
     return tops[0][1:]
@@ -2125,7 +2118,8 @@ def recognise(path: Path, standard: bool) -> tuple[Callable, Path] | None:
     if whole or check_integrity(archive, CIFAR10.tgz_md5):
         return read_official, root
     if not standard:
-        return None if batches.exists() or archive.exists() else (read_images, path)
+        known = path.exists() and not batches.exists() and not archive.exists()
+        return (read_images, path) if known else None
     zipped = path.is_file() and find_layout(path, names_in(path), VALIDATION)[0]
     classes = zipped or sorted(folder.name for folder in (path / "train").glob("*/"))
     return (read_images, path) if classes == CIFAR10_CLASSES else None
@@ -2182,7 +2176,7 @@ def load_data(settings: Settings, say: Callable[[str], None]) -> ImageData:
         expected = (
             "expected a folder or a whole .zip; correct the path, unpack another archive and name its folder"
         )
-        raise BadInput(f"{place}: {one_line(error)}, {expected}, or make room in {folder}") from error
+        raise BadInput(f"--data {place}: {one_line(error)}, {expected}, or make room in {folder}") from error
     data.name = "cifar10" if standard else data.name
     return data
 
@@ -3318,7 +3312,7 @@ def doubt(results: list[dict]) -> str | None:
     for result in results:  # the first epoch of a process warms it up
         full = [row["seconds"] for row in result["epochs"][1:] if row["target_activation"] == 1]
         if full and max(full) > max(1, UNEQUAL * min(full)):
-            return f"{result['policy']}: equal epochs took {min(full):.1f} to {max(full):.1f} s"
+            return f"equal epochs of {result['policy']} took {min(full):.1f} to {max(full):.1f} s"
     seconds = {(r["policy"], r["seed"]): r["train_seconds"] for r in results if r["complete"]}
     scored = any(result["phases"]["scoring"]["seconds"] for result in results)
     for (policy, seed), chance in seconds.items():
@@ -3416,19 +3410,21 @@ def saving(summary: dict) -> list[str]:
     flops, points = m["flops_saved_percent_vs_full"], m["accuracy_minus_full"]
     time, whole = (100 * (1 - 1 / m[key]) for key in ("speedup_vs_full", "total_speedup_vs_full"))
     fewer = 100 * (1 - mine["activated"] / full["activated"])
-    how = f"with {fewer:.1f} % fewer samples, at {points:+.2f} points of accuracy"
+    how = [f"  it trained on {fewer:.1f} % fewer samples"]
     unit = 100 * (1 - mine["unit_energy"] / full["unit_energy"])
-    model = f"unit energy, a model: {unit:.1f} %, as if skipping and nothing else cost a hundredth"
+    model = f"  unit energy (a model: a skipped sample costs 1 %, all else nothing): {unit:.1f} %"
     if summary["clock"]:
         return [
-            f"{first} saved {flops:.1f} % of full training's FLOPs, {how}",
-            f"no time is quoted, since the clock cannot be trusted: {summary['clock']}",
+            f"{first} saved {flops:.1f} % of full training's FLOPs, at {points:+.2f} points of accuracy",
+            *how,
+            f"  no time is quoted, as {summary['clock']}",
             model,
         ]
     return [
-        f"{first} saved {time:.1f} % of full training's time, measured, {how}",
-        f"with evaluation and checkpoints: {whole:.1f} %, since they cost both as much",
-        f"FLOPs: {flops:.1f} %, since choosing and moving data are no FLOPs",
+        f"{first} saved {time:.1f} % of full training's time, at {points:+.2f} points of accuracy",
+        *how,
+        f"  with evaluation and checkpoints, which cost both as much: {whole:.1f} %",
+        f"  FLOPs, of which choosing and moving data are none: {flops:.1f} %",
         model,
     ]
 
@@ -3449,9 +3445,10 @@ def report(summary: dict) -> str:
     first, lines = next(iter(summary["policies"]), "ast"), saving(summary)
     for name, words in RIVALS.items():
         if (points := summary["measured"][f"accuracy_minus_{name}"]) is not None:
-            seeds = f"seeds: {len(summary['seeds'])} (one proves nothing)"
             ahead = "ahead of" if points > 0 else "not ahead of"
-            lines.append(f"{first} is {ahead} {words}: {points:+.2f} points, {seeds}")
+            lines.append(f"{first} is {ahead} {words}: {points:+.2f} points")
+    if lines[1:]:
+        lines.append(f"seeds: {len(summary['seeds'])} (one proves nothing)")
     lines += caution(summary)
     lines += [f"{name}: {reference['words']}" for name, reference in summary["references"].items()]
     if summary["skipped_images"]:
@@ -3674,7 +3671,7 @@ def overview(settings: ASTConfig) -> list[str]:
     runs, times = len(policies) * seeds, f", with {seeds} seeds each" if seeds > 1 else ""
     first = f"{PROGRAM}: {runs} {'run' if runs == 1 else 'runs'}: {', '.join(policies)}{times}"
     values = [(item.name, getattr(settings, item.name), item.default) for item in fields(settings)]
-    changed = [f"{name} = {value}" for name, value, default in values if value != default]
+    changed = [f"{name}={value}" for name, value, default in values if value != default]
     wrapped = textwrap.wrap(", ".join(changed), 80, initial_indent="  ", subsequent_indent="  ")
     return [first, f"  torch {torch.__version__} on {device_name(settings.device)}", *wrapped]
 

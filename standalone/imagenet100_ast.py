@@ -683,19 +683,10 @@ def rank_within(u: Tensor, labels: Tensor) -> Tensor:
 # scores them with a forward pass in eval mode, and trains on those above $\theta$. That pass is a third of
 # a training step, so live selection at rate $a$ costs $\tfrac13 + a$, and the ledger charges it: below $a
 # \approx \tfrac23$ it still saves, but never as much as not looking at all. A gate with `needs_views =
-# True` receives `Views` in place of indices.
+# True` receives a `Batch` of views in place of indices.
 
 
 # %% A gate after the loader tags=["shared"]
-@dataclass
-class Views:
-    """Augmented candidates: indices int64 [m] on the CPU; images [m, ...], labels int64 [m] on the device."""
-
-    indices: Tensor
-    images: Tensor
-    labels: Tensor
-
-
 class LiveGate:
     """Activates the views whose own significance exceeds θ; costs a scoring pass a candidate, plus a."""
 
@@ -708,7 +699,7 @@ class LiveGate:
         self.controller = Controller(config)
         self.recent = torch.empty(0)
 
-    def select(self, candidates: Views, target: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def select(self, candidates: Batch, target: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Activates what ranks above θ; 2 random ones if nothing does."""
         scores = self.score(candidates.images, candidates.labels).cpu()  # the one sync per candidate batch
         finite = scores.isfinite()
@@ -1379,8 +1370,7 @@ def filtered(trainer: AdaptiveSparseTrainer, batches: Iterable[Batch]) -> Iterat
         chosen = batch
         if trainer.rate < 1:
             with trainer.ledger.charge("scoring"):
-                views = Views(batch.indices, batch.images, batch.labels)
-                chosen = batch.rows(*trainer.gate.select(views, trainer.rate, trainer.generator))
+                chosen = batch.rows(*trainer.gate.select(batch, trainer.rate, trainer.generator))
         trainer.emit("chunk", **decision(trainer, batch.indices, chosen.indices))
         yield chosen
 
@@ -1917,7 +1907,7 @@ def find_layout(path: Path, names: list[str], fraction: float) -> tuple[list[str
 
     A class is a folder with all that lies in it. A fraction of each is set aside where no validation images
     have classes. Returns the classes, {"train" and "val": (files, labels int64 [N])}, and lines to tell.
-    Raises BadInput where there is no set, or more than one.
+    Raises BadInput where there is no set, more than one, or a class in one split only.
     """
     images, others, told, splits = defaultdict(list), defaultdict(list), [], {}  # "a/b/" -> files in it
     for name in names:
@@ -1930,10 +1920,11 @@ def find_layout(path: Path, names: list[str], fraction: float) -> tuple[list[str
         told = [f"no validation images in class folders: {fraction:.0%} of each class are kept for it"]
         train, val = divide(train, fraction).values()
     if alone := ", ".join(sorted(train.keys() ^ val.keys())):
-        told = [
-            f"only in train or only in val, so left out (name the folder of train alone to keep it): {alone}"
-        ]
-    classes = sorted(train.keys() & val.keys())
+        raise BadInput(
+            f"--data {path}: only in train or only in val: {printable(alone)}; expected each in both; add "
+            f"images, or name train's folder alone, of which {fraction:.0%} are then kept for validation"
+        )
+    classes = sorted(train)
     for split, found in (("train", train), ("val", val)):
         labels = np.repeat(np.arange(len(classes)), [len(found[label]) for label in classes])
         splits[split] = [name for label in classes for name in found[label]], labels
@@ -1956,7 +1947,7 @@ def find_classes(path: Path, images: dict[str, list], others: dict[str, list]) -
         train, depth = found["tr"], folder.count("/")
         val = next((found[split] for split in ("va", "te") if found[split].keys() & train.keys()), {})
         many = {label: files for label, files in (train or found[""]).items() if len(files) > 1}
-        if len(train.keys() & val.keys()) > 1:
+        if val and len(train.keys() | val.keys()) > 1:
             ranked[0, depth].append((folder, train, val))
         elif len(many) > 1 and not all(re.fullmatch(SPLIT, f"{label}/", re.IGNORECASE) for label in many):
             ranked[0 if train else 1, depth].append((folder, many, {}))
@@ -1964,7 +1955,7 @@ def find_classes(path: Path, images: dict[str, list], others: dict[str, list]) -
     if len(tops) != 1:
         found = ", ".join(top[0] for top in tops) or left_out(images, others, set()) or "no files"
         raise BadInput(
-            f"{path}: expected one set of two or more classes, train/<class>/ with val/<class>/ or "
+            f"--data {path}: expected one set of two or more classes, train/<class>/ with val/<class>/ or "
             f"test/<class>/, or a folder for each; found {printable(found)}; name the folder of one set"
         )
     return tops[0][1:]
@@ -2224,7 +2215,7 @@ def read_folders(path: Path, val_fraction: float, say: Callable[[str], None]) ->
 
 def titles_of(labels: list[str], photos: Photos) -> list[str]:
     """Names for people: of Kaggle's Labels.json, {folder: "name, synonym"}, or the folders'."""
-    tables = [row for row, name in enumerate(photos.names) if name.rpartition("/")[2] == "Labels.json"]
+    tables = [row for row, name in enumerate(photos.names) if name.endswith("Labels.json")]
     table = dict(json.loads(photos.read(tables[0]))) if tables else {}
     titles = [str(table.get(label, label)).partition(",")[0] for label in labels]
     twice = {name for name in titles if titles.count(name) > 1}  # ImageNet has two cranes
@@ -3625,7 +3616,7 @@ def doubt(results: list[dict]) -> str | None:
     for result in results:  # the first epoch of a process warms it up
         full = [row["seconds"] for row in result["epochs"][1:] if row["target_activation"] == 1]
         if full and max(full) > max(1, UNEQUAL * min(full)):
-            return f"{result['policy']}: equal epochs took {min(full):.1f} to {max(full):.1f} s"
+            return f"equal epochs of {result['policy']} took {min(full):.1f} to {max(full):.1f} s"
     seconds = {(r["policy"], r["seed"]): r["train_seconds"] for r in results if r["complete"]}
     scored = any(result["phases"]["scoring"]["seconds"] for result in results)
     for (policy, seed), chance in seconds.items():
@@ -3723,19 +3714,21 @@ def saving(summary: dict) -> list[str]:
     flops, points = m["flops_saved_percent_vs_full"], m["accuracy_minus_full"]
     time, whole = (100 * (1 - 1 / m[key]) for key in ("speedup_vs_full", "total_speedup_vs_full"))
     fewer = 100 * (1 - mine["activated"] / full["activated"])
-    how = f"with {fewer:.1f} % fewer samples, at {points:+.2f} points of accuracy"
+    how = [f"  it trained on {fewer:.1f} % fewer samples"]
     unit = 100 * (1 - mine["unit_energy"] / full["unit_energy"])
-    model = f"unit energy, a model: {unit:.1f} %, as if skipping and nothing else cost a hundredth"
+    model = f"  unit energy (a model: a skipped sample costs 1 %, all else nothing): {unit:.1f} %"
     if summary["clock"]:
         return [
-            f"{first} saved {flops:.1f} % of full training's FLOPs, {how}",
-            f"no time is quoted, since the clock cannot be trusted: {summary['clock']}",
+            f"{first} saved {flops:.1f} % of full training's FLOPs, at {points:+.2f} points of accuracy",
+            *how,
+            f"  no time is quoted, as {summary['clock']}",
             model,
         ]
     return [
-        f"{first} saved {time:.1f} % of full training's time, measured, {how}",
-        f"with evaluation and checkpoints: {whole:.1f} %, since they cost both as much",
-        f"FLOPs: {flops:.1f} %, since choosing and moving data are no FLOPs",
+        f"{first} saved {time:.1f} % of full training's time, at {points:+.2f} points of accuracy",
+        *how,
+        f"  with evaluation and checkpoints, which cost both as much: {whole:.1f} %",
+        f"  FLOPs, of which choosing and moving data are none: {flops:.1f} %",
         model,
     ]
 
@@ -3756,9 +3749,10 @@ def report(summary: dict) -> str:
     first, lines = next(iter(summary["policies"]), "ast"), saving(summary)
     for name, words in RIVALS.items():
         if (points := summary["measured"][f"accuracy_minus_{name}"]) is not None:
-            seeds = f"seeds: {len(summary['seeds'])} (one proves nothing)"
             ahead = "ahead of" if points > 0 else "not ahead of"
-            lines.append(f"{first} is {ahead} {words}: {points:+.2f} points, {seeds}")
+            lines.append(f"{first} is {ahead} {words}: {points:+.2f} points")
+    if lines[1:]:
+        lines.append(f"seeds: {len(summary['seeds'])} (one proves nothing)")
     lines += caution(summary)
     lines += [f"{name}: {reference['words']}" for name, reference in summary["references"].items()]
     if summary["skipped_images"]:
@@ -3981,7 +3975,7 @@ def overview(settings: ASTConfig) -> list[str]:
     runs, times = len(policies) * seeds, f", with {seeds} seeds each" if seeds > 1 else ""
     first = f"{PROGRAM}: {runs} {'run' if runs == 1 else 'runs'}: {', '.join(policies)}{times}"
     values = [(item.name, getattr(settings, item.name), item.default) for item in fields(settings)]
-    changed = [f"{name} = {value}" for name, value, default in values if value != default]
+    changed = [f"{name}={value}" for name, value, default in values if value != default]
     wrapped = textwrap.wrap(", ".join(changed), 80, initial_indent="  ", subsequent_indent="  ")
     return [first, f"  torch {torch.__version__} on {device_name(settings.device)}", *wrapped]
 

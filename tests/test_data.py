@@ -199,21 +199,16 @@ def test_class_folders_are_read_pixel_for_pixel(cifar, tmp_path, splits, form):
     height=st.integers(1, 90),
     width=st.integers(1, 90),
     colour=st.tuples(*[st.integers(0, 255)] * 3),
-    kind=st.sampled_from(["PNG", "grey", "16 bits", "JPEG", "GIF", "WEBP", "BMP"]),
+    kind=st.sampled_from(["PNG", "grey", "JPEG", "GIF", "WEBP", "BMP"]),
 )
 def test_images_of_any_size_and_form_keep_their_colour(cifar, height, width, colour, kind):
     image, expected = np.full((height, width, 3), colour, np.uint8), colour
-    if kind in ("grey", "16 bits"):
+    if kind == "grey":
         image, expected = image[..., 0], [colour[0]] * 3
-    if kind == "16 bits":
-        image = image.astype(np.uint16) << 8
-        image[0, 0] = 65535  # scaled to the largest
     options = {"JPEG": {"quality": 100}, "WEBP": {"lossless": True}}.get(kind, {})
     decoded = cifar.decode(encoded(image, kind if kind.isupper() else "PNG", **options))
     assert (decoded.shape, decoded.dtype) == ((32, 32, 3), np.uint8)
-    assert np.abs(np.median(decoded, (0, 1)) - expected).max() <= (
-        6 if kind == "JPEG" else 1
-    )  # JPEG rounds colours
+    assert np.abs(decoded.astype(int) - expected).max() <= (6 if kind == "JPEG" else 1)  # JPEG rounds colours
 
 
 def test_resizing_smooths_keeps_the_middle_and_stands_upright(cifar):

@@ -487,6 +487,22 @@ def test_check_finds_each_kind_of_problem(run, capsys, tmp_path):
     assert capsys.readouterr().out.count("PROBLEM: ") == 4
 
 
+def test_check_names_classes_what_it_saw_and_the_next_command(capsys, tmp_path):
+    tree = write_tree(tmp_path / "my photos", counts=(3, 1))
+    Image.fromarray(np.full((30, 30), 4000, np.uint16)).save(tree / "train" / "ant" / "deep.png")
+    write(tree / "train" / "ant" / "a.heic", b"")
+    assert command_line.main(["folder", "check", str(tree), "--workers", "1"]) == 0
+    said = capsys.readouterr().out
+    for told in ("bee 3, ant 4", "ant 1, bee 1", "more than 8 bits: 1 images", "left out: 1 .heic"):
+        assert told in said
+    assert said.endswith(f"train on it: python standalone/imagenet100_ast.py --data '{tree}'\n")
+    for number in range(30):
+        write_tree(tree / "train" / f"kind {number}", [""], [1])
+        write(tree / "val" / f"kind {number}" / "1.jpg", jpeg(number))
+    command_line.main(["folder", "check", str(tree)])
+    assert ", ..., " in capsys.readouterr().out
+
+
 def test_a_hostile_zip_writes_nothing_and_bombs_are_unreadable_images(run, tmp_path, monkeypatch):
     monkeypatch.setattr(images, "LARGEST_FILE", 100_000)
     names = ("../evil.jpg", "/evil.jpg", "train/ant/../../../evil.jpg", "C:\\evil.jpg")
@@ -572,6 +588,10 @@ def test_pack_keeps_what_exists_and_needs_room(run, refused, tmp_path, monkeypat
     assert "holds train_images.npy" in refused(*pack_line(source, out, "--side", 9))
     assert contents(out) == before
     assert "is or lies in what is read" in refused(*pack_line(source, source / "packed"))
+    assert "--side 40: expected at most 30, the images' median" in refused(
+        *pack_line(source, tmp_path / "large", "--side", 40)
+    )
+    run(*pack_line(source, tmp_path / "large", "--side", 40, "--enlarge"))
     assert "--side 0: expected 1 to" in refused(*pack_line(source, tmp_path / "other", "--side", 0))
     with files.locked(tmp_path / "held"):
         assert "another process" in refused(*pack_line(source, tmp_path / "held"))

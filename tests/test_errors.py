@@ -178,7 +178,7 @@ def unreadable_images(folder):
 def an_empty_class(folder):
     for path in (write_images(folder / "data") / "train" / "bee").iterdir():
         path.unlink()
-    return "data", "without images train/bee; expected"
+    return "data", "only in train or only in val: bee; expected"
 
 
 @pytest.mark.parametrize("prepare", [unreadable_images, an_empty_class])

@@ -194,7 +194,8 @@ def first_pixel(images, labels):
 
 def views(scores, indices):
     """Candidates that `first_pixel` scores so."""
-    return ast.Views(indices, torch.as_tensor(scores)[:, None], torch.zeros(len(scores)).long())
+    images, labels = torch.as_tensor(scores)[:, None], torch.zeros(len(scores)).long()
+    return ast.Batch(indices, torch.ones(len(scores)), images, labels, indices[:0])
 
 
 def test_the_live_gate_holds_the_rate_on_a_drifting_stream_and_takes_the_hardest(generator):

@@ -79,7 +79,6 @@ def readers(cifar, imagenet, tmp_path):
 
 
 FIFTH = "no validation images in class folders: 20% of each class are kept for it"
-ALONE = "only in train or only in val, so left out (name the folder of train alone to keep it)"
 PLAIN = "cat/1.jpg cat/2.jpg cat/3.jpg dog/1.jpg dog/2.jpg"
 
 
@@ -111,10 +110,6 @@ CASES = {
     "a set in another": (f"{under('x', TRAIN)} {under('x/val')} {under('x/x', TRAIN)}",
                          "cat dog", "x/train/*", "x/val/*",
                          ["left out: 3 images in x/x/train/cat/, 2 images in x/x/train/dog/"]),
-    "a class in one split": (f"{TRAIN} {under('val')} train/owl/1.jpg val/yak/1.jpg", "cat dog",
-                             "train/[cd]*", "val/[cd]*",
-                             [f"{ALONE}: owl, yak",
-                              "left out: 1 images in train/owl/, 1 images in val/yak/"]),
     "a class of one image": (f"{PLAIN} preview/1.jpg", "cat dog", "*[23].jpg", "[cd]*/1.jpg",
                              [FIFTH, "left out: 1 images in preview/"]),
     "loose images and texts": (f"{PLAIN} cover.jpg cat/a.txt cat/b.txt about.txt", "cat dog", "*[23].jpg",
@@ -163,11 +158,22 @@ def test_all_three_refuse_the_same(readers, cifar, imagenet, tmp_path, files, fo
         assert found in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["mine.tar.gz", "broken.zip", "absent"])
+@pytest.mark.parametrize("val", [under("val", "cat/1.jpg"), f"{under('val')} val/owl/1.jpg"])
+def test_a_class_in_one_split_is_named_and_train_alone_is_a_way_out(readers, cifar, imagenet, tmp_path, val):
+    path = write(tmp_path / "images", f"{TRAIN} {val}")
+    errors = cifar.BadInput, imagenet.BadInput, data_setup.BadInput
+    for read, error in zip(readers, errors, strict=True):
+        with pytest.raises(
+            error, match=r"only in train or only in val: (dog|owl); .*name train's folder alone"
+        ):
+            read(path)
+        assert read(path / "train")[0] == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("name", ["mine.tar.gz", "broken.zip"])
 def test_what_is_no_folder_and_no_zip_is_told_what_to_do(readers, cifar, imagenet, tmp_path, name):
     errors = cifar.BadInput, imagenet.BadInput, data_setup.BadInput
-    if name != "absent":
-        (tmp_path / name).write_bytes(b"\x1f\x8b")
+    (tmp_path / name).write_bytes(b"\x1f\x8b")
     for read, error in zip(readers, errors, strict=True):
         with pytest.raises(error, match=rf"{name}.*expected a folder.*unpack") as caught:
             read(tmp_path / name)
