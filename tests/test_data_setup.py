@@ -490,7 +490,7 @@ def test_check_finds_each_kind_of_problem(run, capsys, tmp_path):
 def test_check_names_classes_what_it_saw_and_the_next_command(capsys, tmp_path):
     tree = write_tree(tmp_path / "my photos", counts=(3, 1))
     Image.fromarray(np.full((30, 30), 4000, np.uint16)).save(tree / "train" / "ant" / "deep.png")
-    write(tree / "train" / "ant" / "a.heic", b"")
+    put(tree / "train" / "ant" / "a.heic", b"")
     assert command_line.main(["folder", "check", str(tree), "--workers", "1"]) == 0
     said = capsys.readouterr().out
     for told in ("bee 3, ant 4", "ant 1, bee 1", "more than 8 bits: 1 images", "left out: 1 .heic"):
@@ -498,7 +498,7 @@ def test_check_names_classes_what_it_saw_and_the_next_command(capsys, tmp_path):
     assert said.endswith(f"train on it: python standalone/imagenet100_ast.py --data '{tree}'\n")
     for number in range(30):
         write_tree(tree / "train" / f"kind {number}", [""], [1])
-        write(tree / "val" / f"kind {number}" / "1.jpg", jpeg(number))
+        put(tree / "val" / f"kind {number}" / "1.jpg", jpeg(number))
     command_line.main(["folder", "check", str(tree)])
     assert ", ..., " in capsys.readouterr().out
 
