@@ -13,6 +13,11 @@ sys.path.insert(0, str(ROOT / "docs"))
 import make_docs
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+DOCUMENTS = [
+    "README.md",
+    *(f"docs/{name}.md" for name in "configuration api search evidence measures".split()),
+]
 
 
 @pytest.mark.parametrize("path", make_docs.derived(), ids=lambda path: path.name)
@@ -37,30 +42,40 @@ def test_a_model_states_its_size_as_it_is_counted(cifar, name):
 
 
 @pytest.mark.parametrize("program", ["cifar10_ast", "imagenet100_ast"])
-def test_every_setting_has_a_meaning_and_a_row_in_the_readme(program):
+def test_every_setting_has_a_meaning_and_a_row_in_the_table(program):
     program = importlib.import_module(program)
     for field in program.fields(program.Settings):
         assert field.metadata["help"]
-        assert f"| `{program.flag(field.name)}` |" in README
+        assert f"| `{program.flag(field.name)}` |" in CONFIGURATION
 
 
-@pytest.mark.parametrize(
-    "name", ["README.md", "docs/configuration.md", "docs/api.md", "docs/search.md", "docs/evidence.md"]
-)
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_links_and_pictures_inside_the_repository_resolve(name):
     path = ROOT / name
-    for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
-        assert (path.parent / target).exists(), target
+    for target, place in re.findall(r"\]\(([^)#:]*)(?:#([^)]+))?\)", path.read_text(encoding="utf-8")):
+        linked = path.parent / target if target else path
+        assert linked.exists(), target
+        assert not place or place in anchors(linked), f"{target}#{place}"
 
 
-def test_the_readme_names_no_flag_that_is_not_there(cifar, imagenet):
+def anchors(path):
+    """The addresses that a page gives its headings."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def test_a_reader_is_done_with_the_readme_in_ten_minutes():
+    assert len(README.split()) <= 1800
+
+
+@pytest.mark.parametrize("text", [README, CONFIGURATION], ids=["README", "configuration"])
+def test_a_document_names_no_flag_that_is_not_there(text, cifar, imagenet):
     settings = [*cifar.fields(cifar.Settings), *imagenet.fields(imagenet.Settings)]
     known = {cifar.flag(field.name) for field in settings}
     known |= {"--no-feedforward", "--no-guard", "--no-probe", "--help", "--sync", "--check", "--kaggle"}
     known |= {"--to", "--side", "--from", "--classes", "--json"}  # of python -m data_setup
-    known |= {"--dist"}  # of pytest
-    known |= {"--predict"}  # no setting: it trains nothing
-    used = set(re.findall(r"`[^`]*?(--[a-z][a-z-]+)", README))
+    known |= {"--dist", "--predict"}  # of pytest, and of main alone
+    used = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", text))
     assert used <= known, used - known
 
 
@@ -75,6 +90,27 @@ def test_savings_at_equal_accuracy_are_told_of_every_rate(monkeypatch):
     assert "AST saves 20 % (20 to 20) at a = 0.4 and - at a = 0.1 of the FLOPs there; InfoBatch -20 %" in told
     del runs["infobatch"]
     assert make_docs.saved("bed") == make_docs.proof.NOTHING
+
+
+@pytest.mark.parametrize(
+    "ours, told",
+    [
+        ([88.0, 88.1], "ahead: +1.05"),
+        ([85.9, 86.0], "behind: -1.05"),
+        ([86.0, 88.0], "open: +0.00"),
+        ([88.0], "open: +1.00 (1)"),  # one seed proves nothing
+    ],
+)
+def test_the_table_of_wins_says_which_way_a_difference_falls_once_it_is_clear(monkeypatch, ours, told):
+    def of(accuracies, cost):
+        return {seed: {"accuracy": accuracy, "cost": cost} for seed, accuracy in enumerate(accuracies)}
+
+    runs = {"ast@0.4": of(ours, 0.6), "random@0.4": of([87.0, 87.0], 0.6), "full": of([90.0, 90.0], 1.0)}
+    monkeypatch.setattr(make_docs.proof, "load", lambda bed: runs if bed == "whole" else {})
+    (row,) = make_docs.wins().splitlines()[2:]
+    _, _, rate, random, short, _, saved, _ = (cell.strip() for cell in row.split("|"))
+    assert random.startswith(told)
+    assert (rate, short, saved) == ("0.4", "-", "40%")
 
 
 def test_the_table_of_measures_says_which_are_missed(monkeypatch):
