@@ -1121,9 +1121,7 @@ class AdaptiveSparseTrainer:
         self.in_parts = Parts(self.device, lambda text: self.emit("notice", text=text))
         self.rates, self.seed, self.clip_norm, self.save = rates, seed, clip_norm, save
         self.rows, self.changes, self.resumed = [], [], False
-        if optimizer is None and config.lr is None:
-            text = "no optimizer given: AdamW at a peak of 0.001; pass the one that suits your model"
-            self.emit("notice", text=text)
+        self.asks = optimizer is None and config.lr is None  # for an optimizer
 
     def train(self, epochs: int | None = None, warmup_epochs: int | None = None) -> dict:
         """Trains to the end, or until `controls` stops it, and returns the results; again trains anew, on the
@@ -1310,6 +1308,9 @@ def begin(trainer: AdaptiveSparseTrainer, epochs: int | None, warmup_epochs: int
     trainer.progress, trainer.flops, trainer.uncounted, trainer.advised = 0.0, {}, [], False
     if trainer.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(trainer.device)
+    if trainer.asks:
+        text = "no optimizer given: AdamW at a peak of 0.001; pass the one that suits your model"
+        trainer.emit("notice", text=text)
     if not trainer.model.training:  # else what was frozen in eval mode stays so
         trainer.model.train()
 
