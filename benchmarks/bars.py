@@ -41,7 +41,7 @@ def trainer(
     **values: object,
 ) -> ast.AdaptiveSparseTrainer:
     """A trainer of the program's own model and recipe, silent; `values` are settings."""
-    settings = ast.fill_defaults(ast.Settings(device="cpu", **values))
+    settings = ast.fitted(ast.fill_defaults(ast.Settings(device="cpu", **values)), data)
     torch.manual_seed(0)
     network = model(ast.build_model(settings, data))
     optimizer, criterion = ast.recipe(settings, network)

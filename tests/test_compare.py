@@ -1,6 +1,7 @@
 """The comparison: its beds, its rules, and its books."""
 
 import math
+import re
 import sys
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 from test_gate import first_pixel, views
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import bars
 import beds
 import books
 import compare
@@ -440,3 +442,17 @@ def test_a_response_is_judged_by_when_it_settles_its_overshoot_and_its_end():
     staying = answer(lambda t: 0.5)
     assert staying["settling_epochs"] is None and staying["error_at_the_end"] == pytest.approx(0.4)
     assert answer(lambda t: 0.5 if t <= 0 else 0.05 if t < 1 else 0.1)["overshoot"] == pytest.approx(0.05)
+
+
+def test_every_name_that_the_measures_take_from_a_program_is_there(imagenet):
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        for module, name in re.findall(
+            r"\b(ast|program|images)\.([A-Za-z_]+)\b", path.read_text(encoding="utf-8")
+        ):
+            assert hasattr(imagenet if module == "program" else ast, name) or module == "images", (path, name)
+
+
+def test_the_measures_train_as_the_program_does(data):
+    trainer = bars.trainer(data, target_activation=0.1, **bars.SPARSE)
+    assert trainer.train_source.batch_size == 60, "twenty steps an epoch"
+    assert trainer.train(epochs=2)["activation_rate"] == pytest.approx(0.55)
