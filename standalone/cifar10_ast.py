@@ -2136,7 +2136,7 @@ def download(folder: Path, say: Callable[[str], None]) -> bool:
         socket.setdefaulttimeout(STALL_SECONDS)  # torchvision itself waits for ever
         download_and_extract_archive(CIFAR10_URL, folder, filename=CIFAR10.filename, md5=CIFAR10.tgz_md5)
     except (*DAMAGE, http.client.HTTPException, futures.TimeoutError) as error:
-        say(f"CIFAR-10 could not be downloaded: {one_line(error)[:50]}")
+        say(f"CIFAR-10 could not be downloaded: {one_line(getattr(error, 'reason', error))[:45]}")
         return False
     finally:
         socket.setdefaulttimeout(usual)
@@ -2166,7 +2166,7 @@ def load_data(settings: Settings, say: Callable[[str], None]) -> ImageData:
         )
         if settings.data != "auto":
             raise BadInput(f"--data {settings.data}: {missing}")
-        say("NO CIFAR-10, so SYNTHETIC `shapes`, drawn images (--data cifar10 tells where it was looked for)")
+        say("NO CIFAR-10, so SYNTHETIC `shapes` are drawn (--data cifar10 tells where it looked)")
         return drawn(settings.train_size)
     reader, place = found
     try:
@@ -3406,28 +3406,22 @@ def saving(summary: dict) -> list[str]:
     """What was saved against full training, as measured, and what other counts would say and why."""
     m, first = summary["measured"], next(iter(summary["policies"]), "ast")
     if m["speedup_vs_full"] is None:
-        return ["no whole full run beside it (--compare full), so what is saved was not measured"]
+        words = "no whole full run beside it (--compare full), so what is saved was not measured"
+        return [] if first == "full" else [words]
     mine, full = summary["policies"][first], summary["policies"]["full"]
-    flops, points = m["flops_saved_percent_vs_full"], m["accuracy_minus_full"]
+    fewer, unit = (100 * (1 - mine[key] / full[key]) for key in ("activated", "unit_energy"))
     time, whole = (100 * (1 - 1 / m[key]) for key in ("speedup_vs_full", "total_speedup_vs_full"))
-    fewer = 100 * (1 - mine["activated"] / full["activated"])
-    how = [f"  it trained on {fewer:.1f} % fewer samples"]
-    unit = 100 * (1 - mine["unit_energy"] / full["unit_energy"])
-    model = f"  unit energy (a model: a skipped sample costs 1 %, all else nothing): {unit:.1f} %"
+    flops, points = m["flops_saved_percent_vs_full"], m["accuracy_minus_full"]
+    what, saved = ("FLOPs", flops) if summary["clock"] else ("time", time)
+    lines = [f"{first} saved {saved:.1f} % of full training's {what}, at {points:+.2f} points of accuracy"]
+    lines.append(f"  it trained on {fewer:.1f} % fewer samples")
     if summary["clock"]:
-        return [
-            f"{first} saved {flops:.1f} % of full training's FLOPs, at {points:+.2f} points of accuracy",
-            *how,
-            f"  no time is quoted, as {summary['clock']}",
-            model,
-        ]
-    return [
-        f"{first} saved {time:.1f} % of full training's time, at {points:+.2f} points of accuracy",
-        *how,
-        f"  with evaluation and checkpoints, which cost both as much: {whole:.1f} %",
-        f"  FLOPs, of which choosing and moving data are none: {flops:.1f} %",
-        model,
-    ]
+        lines.append(f"  no time is quoted, as {summary['clock']}")
+    else:
+        lines.append(f"  with evaluation and checkpoints, which cost both as much: {whole:.1f} %")
+        lines.append(f"  FLOPs, of which choosing and moving data are none: {flops:.1f} %")
+    lines.append(f"  unit energy (a model: a skipped sample costs 1 %, all else nothing): {unit:.1f} %")
+    return lines
 
 
 def caution(summary: dict) -> list[str]:
@@ -3448,7 +3442,7 @@ def report(summary: dict) -> str:
         if (points := summary["measured"][f"accuracy_minus_{name}"]) is not None:
             ahead = "ahead of" if points > 0 else "not ahead of"
             lines.append(f"{first} is {ahead} {words}: {points:+.2f} points")
-    if lines[1:]:
+    if len(summary["policies"]) > 1:
         lines.append(f"seeds: {len(summary['seeds'])} (one proves nothing)")
     lines += caution(summary)
     lines += [f"{name}: {reference['words']}" for name, reference in summary["references"].items()]
