@@ -1073,8 +1073,8 @@ class AdaptiveSparseTrainer:
 
     model: [B, ...] images to [B, C] logits. train_loader, val_loader: a DataLoader, a map-style dataset of
     (image, label), or two arrays. config: an ASTConfig or a dict of its fields. optimizer: AdamW if None; its
-    learning rates are the peaks of the schedule. criterion: per-sample losses [B]; cross-entropy if None. With
-    one of your own, training labels pass to it as they are; else, and for validation, they must mean classes.
+    learning rates are the peaks of the schedule. criterion: per-sample losses [B]; cross-entropy if None.
+    With one of your own, training labels pass to it as they are; else, and in validation, they must be classes.
     gate: a gate object in place of the one that `config.gate` names. policy: the name in the records.
     listeners: called with (event, data); a table if None. rates: activation rates to repeat, epoch by epoch.
     save: called at the start and after each epoch, where `state_of` is all that is needed to go on.
