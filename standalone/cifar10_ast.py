@@ -1074,7 +1074,7 @@ class AdaptiveSparseTrainer:
     model: [B, ...] images to [B, C] logits. train_loader, val_loader: a DataLoader, a map-style dataset of
     (image, label), or two arrays. config: an ASTConfig or a dict of its fields. optimizer: AdamW if None; its
     learning rates are the peaks of the schedule. criterion: per-sample losses [B]; cross-entropy if None.
-    With one of your own, training labels pass to it as they are; else, and in validation, they must be classes.
+    With one of your own, training labels pass to it as they are; else they must be classes, as in validation.
     gate: a gate object in place of the one that `config.gate` names. policy: the name in the records.
     listeners: called with (event, data); a table if None. rates: activation rates to repeat, epoch by epoch.
     save: called at the start and after each epoch, where `state_of` is all that is needed to go on.
@@ -3443,7 +3443,7 @@ def report(summary: dict) -> str:
         if (points := summary["measured"][f"accuracy_minus_{name}"]) is not None:
             ahead = "ahead of" if points > 0 else "not ahead of"
             lines.append(f"{first} is {ahead} {words}: {points:+.2f} points")
-    if len(summary["policies"]) > 1:
+    if any(value is not None for value in summary["measured"].values()):
         lines.append(f"seeds: {len(summary['seeds'])} (one proves nothing)")
     lines += caution(summary)
     lines += [f"{name}: {reference['words']}" for name, reference in summary["references"].items()]
