@@ -4430,7 +4430,7 @@ if __name__ == "__main__":
 # %% What it gets wrong [markdown] tags=["shared"]
 # ### What it gets wrong
 #
-# See which classes the model takes for one another, that the gate came back most to those it gets wrong, and
+# See which classes the model takes for one another, whether the gate came back to those it gets wrong, and
 # where the label rather than the model is wrong. It is the model of the run's first policy and seed.
 
 # %% What it gets wrong tags=["shared", "active-ipynb"]
