@@ -254,3 +254,16 @@ def test_from_python_it_is_an_exception_of_one_line_and_never_an_exit(tmp_path):
     assert str(ast.BadInput("two\nlines")) == "two lines"
     assert issubclass(ast.BadInput, ValueError)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [FileExistsError, PermissionError])
+def test_a_mount_that_renames_over_nothing_gets_the_new_file(tmp_path, monkeypatch, error):
+    def replace(draft, path):
+        if path.exists():
+            raise error("no rename over an existing file")
+        os.rename(draft, path)
+
+    monkeypatch.setattr(ast.os, "replace", replace)
+    for content in (b"first", b"second"):
+        ast.write_whole(tmp_path / "file", content)
+        assert files(tmp_path) == {"file": content}
