@@ -3491,6 +3491,7 @@ class Run:
         result = trainer.train()
         if (policy, seed) == (self.policies[0], self.seeds[0]):
             model = portable(self.settings, self.data.classes, trainer.model)
+            model["synthetic"] = self.data.synthetic
             write_by(self.out / "model.pt", functools.partial(torch.save, model))
             times = {"times_activated": trainer.times_activated.numpy()}
             write_by(self.out / "samples.npz", lambda file: np.savez_compressed(file, **times))
@@ -3816,6 +3817,8 @@ def predict(*paths: str, chosen: ASTConfig | None = None, controls: Controls | N
         return print("no picture: write its path between the quotes")
     chosen = fill_defaults(chosen or settings)
     model, saved = load_model(chosen)
+    if saved.get("synthetic"):
+        print("a model of SYNTHETIC images, which knows nothing of real ones")
     places, rows, lost = [Path(path) for path in paths], [], []
     inside = [sorted(place.rglob("[!.]*")) if place.is_dir() else [place] for place in places]
     files = [file for file in itertools.chain(*inside) if not file.is_dir()]

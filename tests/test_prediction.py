@@ -4,6 +4,7 @@ import csv
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import IPython.display
@@ -271,3 +272,17 @@ def test_what_the_model_gets_wrong_is_counted_and_shown(program, trained, tmp_pa
     assert torch.equal(torch.tensor(told_labels), labels) and torch.equal(torch.tensor(told_found), found)
     assert names == data.classes
     assert list(told_times) == [times[data.train_labels == label].mean() for label in range(10)]
+
+
+@pytest.mark.parametrize("synthetic", [False, True])
+def test_a_model_of_drawn_images_is_called_so_wherever_it_predicts(
+    program, trained, tmp_path, capsys, synthetic
+):
+    picture = tmp_path / "photo.png"
+    Image.new("RGB", (40, 40)).save(picture)
+    path = Path(trained.out) / "model.pt"
+    before = torch.load(path, weights_only=True)
+    torch.save(before | {"synthetic": synthetic}, path)
+    program.predict(str(picture), chosen=trained)
+    torch.save(before, path)
+    assert ("SYNTHETIC" in capsys.readouterr().out) == synthetic

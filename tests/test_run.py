@@ -194,7 +194,9 @@ def test_events_have_the_keys_of_the_first_edition_and_the_report_counts_changes
 
 def test_the_saved_model_is_the_first_policys_of_the_first_seed(ran):
     model = small_net(None, ast.shapes(N, VAL))
-    model.load_state_dict(torch.load(ran.out / "model.pt", weights_only=True)["state_dict"])
+    saved = torch.load(ran.out / "model.pt", weights_only=True)
+    assert saved["synthetic"] is True
+    model.load_state_dict(saved["state_dict"])
     data = ast.shapes(N, VAL)
     with torch.no_grad():
         views = ast.normalise(torch.from_numpy(data.val_images))
