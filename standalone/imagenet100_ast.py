@@ -140,6 +140,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.vision_transformer import interpolate_embeddings
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 # %% What can be set tags=["shared", "fold"]
 # @title What can be set
 SCORED = ("remembered", "live")  # gates that look at significance
@@ -1150,9 +1155,11 @@ class AdaptiveSparseTrainer:
         self.emit("start", **about(self))
         while self.epoch < self.schedule.epochs and not self.controls.stopping():
             with self.ledger.charge(self.phase):
-                if not self.train_epoch():
-                    break  # a resumed run trains this epoch again
-            self.rows.append(epoch_row(self, evaluate(self)))
+                whole = self.train_epoch()
+            accuracy = evaluate(self) if whole else None
+            if accuracy is None:
+                break  # a resumed run trains this epoch again
+            self.rows.append(epoch_row(self, accuracy))
             self.tally = None
             self.emit("epoch", **self.rows[-1], epochs=self.schedule.epochs)
             with self.ledger.charge("checkpoint"):
@@ -1413,8 +1420,8 @@ def score_views(trainer: AdaptiveSparseTrainer, images: Tensor, labels: Tensor) 
         return torch.cat(trainer.in_parts(forward, images, labels))
 
 
-def evaluate(trainer: AdaptiveSparseTrainer) -> float:
-    """Accuracy on the validation set, percent; charged."""
+def evaluate(trainer: AdaptiveSparseTrainer) -> float | None:
+    """Accuracy on the validation set, percent; charged. None where a stop was asked for meanwhile."""
 
     def hits(images: Tensor, labels: Tensor) -> Tensor:
         with trainer.autocast():
@@ -1423,6 +1430,8 @@ def evaluate(trainer: AdaptiveSparseTrainer) -> float:
     right, count = torch.zeros((), device=trainer.device), 0
     with trainer.ledger.charge("evaluation"), evaluating(trainer.model):
         for images, labels in trainer.val_source.in_order():
+            if trainer.controls.stop:
+                return None
             right += sum(trainer.in_parts(hits, images, labels))
             count += len(labels)
         trainer.ledger.costs["evaluation"].flops += count * trainer.flops.get("evaluation", 0.0)
@@ -1475,8 +1484,10 @@ PATIENCE = 20  # percent of an epoch that may be spent waiting for data before t
 def epoch_row(trainer: AdaptiveSparseTrainer, accuracy: float) -> dict:
     """The row of metrics.jsonl for the epoch just trained. Raises BadInput where no loss was finite."""
     tally, number, rate = trainer.tally, trainer.epoch + 1, trainer.rate
-    if tally.trained and not tally.finite:
-        raise BadInput(f"train loss nan in epoch {number}: expected a finite one; lower the learning rate")
+    finite = all(bool(weight.isfinite().all()) for weight in trainer.model.parameters())
+    if tally.trained and not (tally.finite and finite):
+        found = f"weights or losses that are not finite after epoch {number}"
+        raise BadInput(f"{found}: expected finite ones; lower the learning rate")
     if tally.skipped_steps:
         text = f"epoch {number}: {tally.skipped_steps} steps not taken, their gradients not being finite"
         trainer.emit("notice", text=text)
@@ -1573,8 +1584,9 @@ def peak_memory_mib(device: torch.device) -> float | None:
 #
 # State is saved at the end of an epoch, when nothing is in flight; a cut epoch is trained again. A checkpoint
 # is written beside its final name, flushed to disk, and only then renamed, so a crash at any moment leaves a
-# whole one. It begins with the SHA-256 of the rest: a damaged file is noticed, and the one before it serves.
-# Loading uses `weights_only=True`, which runs no code from the file.
+# whole one. It begins with the SHA-256 of the rest, and names its settings and data: where it is damaged or
+# of another run, the one before it serves. Loading uses `weights_only=True`, which runs no code from it.
+# One run at a time has a folder; only what a run made is ever renamed.
 
 
 # %% State and checkpoints tags=["shared", "fold"]
@@ -1604,6 +1616,9 @@ def restore(trainer: AdaptiveSparseTrainer, state: dict) -> None:
     for name in LOADED:
         getattr(trainer, name).load_state_dict(state[name])
     for name in KEPT:
+        forms = [(type(v), getattr(v, "shape", None)) for v in (state[name], getattr(trainer, name))]
+        if forms[0] != forms[1]:
+            raise ValueError(f"{name} of another form")
         setattr(trainer, name, state[name])
     trainer.schedule, trainer.resumed = Schedule(**state["schedule"]), True
     trainer.generator.set_state(state["generators"][0])
@@ -1629,21 +1644,78 @@ def restore_random_states(device: torch.device, states: list) -> None:
     np.random.set_state(states[3])
 
 
-OUTPUTS = (
-    "config.json metrics.jsonl events.jsonl summary.json curves.png model.pt samples.npz skipped_images.txt "
-    "checkpoints"
-).split()
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Makes a folder, and keeps other runs out of it while the block lasts. Raises BadInput.
 
-
-def rotate_folder(out: Path) -> None:
-    """Renames a folder that holds a run to <out>-1, -2, …, and makes a new one. Raises BadInput."""
+    The lock dies with its process. It is best effort on shared drives, and Windows has none.
+    """
     try:
-        if any((out / name).exists() for name in OUTPUTS):
-            names = (out.with_name(f"{out.name}-{number}") for number in itertools.count(1))
-            out.rename(next(path for path in names if not path.exists()))
-        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        out.resolve().mkdir(parents=True, exist_ok=True)
+        handle = None if fcntl is None else os.open(out, os.O_RDONLY)
     except (OSError, ValueError) as error:
-        raise BadInput(f"--out {out}: expected a folder that can be written ({error})") from error
+        raise BadInput(
+            f"--out {out}: expected a folder that can be written ({error}); name another"
+        ) from error
+    try:
+        if busy(out, handle):
+            raise BadInput(f"--out {out}: another run writes to it; wait until it has ended, or name another")
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def busy(out: Path, handle: int | None) -> bool:
+    """Locks an open folder; whether another run has."""
+    try:
+        if handle is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return not os.path.samestat(os.fstat(handle), os.stat(out))  # renamed by another just now
+    except OSError as error:  # or a drive that cannot lock
+        return isinstance(error, BlockingIOError | FileNotFoundError)
+    return False
+
+
+def rotate_folder(out: Path, say: Callable[[str], None]) -> None:
+    """Renames the run in a folder to <out>-1, -2, …. Raises BadInput where it holds somebody else's files."""
+    try:
+        there = sorted(path.name for path in out.iterdir() if path.name[0] != "." and path.suffix != ".part")
+        if there and read_config(out).get("program") not in PROGRAMS:
+            found = printable(there[0])
+            raise BadInput(
+                f"--out {out}: expected a new folder, or one of a run; found {found}; name another"
+            )
+        if there:
+            place = out.resolve()
+            names = (place.with_name(f"{place.name}-{number}") for number in itertools.count(1))
+            new = place.rename(next(path for path in names if not path.exists()))
+            say(f"the run in {out} is now in {new}")
+    except OSError as error:
+        raise BadInput(
+            f"--out {out}: expected a folder that can be written ({error}); name another"
+        ) from error
+
+
+def read_config(out: Path) -> dict:
+    """The config.json of a run's folder; {} where there is none, or it is damaged."""
+    try:
+        return dict(json.loads((out / "config.json").read_text(encoding="utf-8")))
+    except DAMAGE:
+        return {}
+
+
+def check_apart(out: Path, data: Path) -> None:
+    """Raises BadInput where results would lie among the data, or the data among the results."""
+    ours, theirs = out.resolve(), data.resolve()
+    if theirs.exists() and (ours.is_relative_to(theirs) or theirs.is_relative_to(ours)):
+        raise BadInput(f"--out {out}: expected a folder apart from the data in {data}; name another")
+
+
+def as_json(value: object, indent: int | None = None) -> bytes:
+    """UTF-8 JSON, with null for a number that is not finite, which strict readers refuse."""
+    plain = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    return json.dumps(plain, indent=indent).encode()
 
 
 def write_by(path: Path, writer: Callable[[BinaryIO], None]) -> None:
@@ -1672,9 +1744,14 @@ def write_whole(path: Path, content: bytes) -> None:
     write_by(path, lambda file: file.write(content))
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first; what has another name is not ours."""
+    return sorted(path for path in folder.glob("*.ckpt") if re.fullmatch(r"\d{6}", path.stem))
+
+
 def save_checkpoint(folder: Path, state: dict) -> None:
     """Writes `state` as the newest checkpoint in `folder` and keeps the one before it."""
-    there = sorted(folder.glob("*.ckpt"))
+    there = checkpoints(folder)
     buffer = io.BytesIO()
     torch.save(state, buffer)
     payload = buffer.getvalue()
@@ -1684,18 +1761,12 @@ def save_checkpoint(folder: Path, state: dict) -> None:
         old.unlink()
 
 
-def load_checkpoint(folder: Path, say: Callable[[str], None]) -> dict | None:
-    """The newest whole checkpoint in `folder`, or None. Says so where a damaged one is passed over."""
-    damaged = []
-    for path in sorted(folder.glob("*.ckpt"), reverse=True):
-        content = path.read_bytes()
-        if hashlib.sha256(content[32:]).digest() == content[:32]:
-            for other in damaged:  # else one would count among the two that are kept
-                other.unlink()
-            return torch.load(io.BytesIO(content[32:]), weights_only=True, map_location="cpu")
-        say(f"warning: {path} is damaged; trying the checkpoint before it")
-        damaged.append(path)
-    return None
+def read_checkpoint(path: Path) -> dict:
+    """What was saved. Raises one of UNFIT."""
+    content = path.read_bytes()
+    if hashlib.sha256(content[32:]).digest() != content[:32]:
+        raise ValueError("it is damaged")
+    return torch.load(io.BytesIO(content[32:]), weights_only=True, map_location="cpu")
 
 
 # %% The model [markdown]
@@ -2248,10 +2319,7 @@ def load_data(settings: Settings, say: Callable[[str], None]) -> ImageData:
     Raises BadInput, in one sentence, for them, and for weights that cannot be had or do not fit.
     """
     settings = settings if settings.data_dir and settings.out else fill_defaults(settings)
-    for used in (settings.data, settings.weights):
-        place = Path(used).expanduser().resolve()
-        if place.exists() and Path(settings.out).resolve() in place.parents and not settings.resume:
-            raise BadInput(f"{used}: lies in --out {settings.out}, which the run renames; copy it elsewhere")
+    check_apart(Path(settings.out), Path(settings.weights).expanduser())
     data = drawn(settings.train_size) if settings.data == "shapes" else read_data(settings, say)
     build_model(settings, data, say)
     return data
@@ -2347,8 +2415,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([(Unread, name) for name in objects]):
             parts, most = [torch.load(path, map_location="cpu", weights_only=True)], {}
     except pickle.UnpicklingError as error:
-        reason = str(error).rpartition("WeightsUnpickler error: ")[2]
-        raise ValueError(f"not only tensors: {', '.join(objects) or reason}") from error
+        raise ValueError(f"not only tensors: {', '.join(objects) or one_line(error)}") from error
     for part in parts:  # a list that grows meanwhile
         if isinstance(part, dict):
             parts += part.values()
@@ -2412,7 +2479,7 @@ def load_weights(settings: Settings, model: nn.Module) -> list[str]:
                 f"it holds {len(held)} tensors, such as {next(iter(held))}; of the model's {len(missing)} "
                 f"are missing or of another shape, first {missing[0]}"
             )
-    except (*DAMAGE, pickle.UnpicklingError, AttributeError) as error:
+    except UNFIT as error:
         url = torchvision.models.get_model_weights(settings.model).DEFAULT.url
         raise BadInput(
             f"--weights {settings.weights}: {one_line(error)}; expected those of {settings.model}: imagenet "
@@ -2525,11 +2592,13 @@ KAGGLE_INPUT = Path("/kaggle/input")  # holds <slug>/ and datasets/<owner>/<slug
 SEARCH_FOLDERS = 1000  # looked into, and names read in each: inputs may be millions of files on a slow disk
 DAMAGE = (OSError, EOFError, ValueError, RuntimeError, MemoryError, LookupError, SyntaxError, TypeError)
 DAMAGE += (struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile, Image.DecompressionBombError)
+UNFIT = (*DAMAGE, AttributeError, pickle.UnpicklingError)  # what a checkpoint may raise
 
 
 def one_line(error: Exception) -> str:
     """An error's own words on one line, since bad input gets one sentence."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    words = str(error).rpartition("WeightsUnpickler error: ")[2]  # before it torch advises to trust the file
+    return " ".join(words.split())[:200] or type(error).__name__
 
 
 def reason(name: str, error: Exception) -> str:
@@ -3190,8 +3259,7 @@ class Progress:
 
     def __call__(self, event: str, data: dict) -> None:
         if event == "plan":
-            runs = itertools.product(data["seeds"], data["work"])
-            self.planned = {(p, s): data["work"][p] for s, p in runs if (p, s) not in data["done"]}
+            self.planned = {(policy, seed): data["work"][policy] for policy, seed in data["left"]}
         elif event == "start":
             self.run = data["policy"], data["seed"]
             work = self.planned.get(self.run, (0, 1.0))[1]
@@ -3381,14 +3449,9 @@ def contents(data: ImageData) -> str:
 
 # %% The run tags=["shared", "fold"]
 # @title The run
-VERSION = 2  # of the form of a checkpoint
+VERSION = 3  # of the form of a checkpoint
+PROGRAMS = ("cifar10_ast", "imagenet100_ast")  # whose runs may be renamed
 FREE_ON_RESUME = {"out", "resume", "time_limit", "workers", "data", "data_dir"}  # data: what they hold counts
-METRICS = (
-    "policy seed epoch phase train_loss val_accuracy target_activation activation_rate mean_activation "
-    "threshold controller candidates activated seconds elapsed_seconds data_wait_percent learning_rate "
-    "significance_quantiles"
-).split()
-CHANGES = ("time", "candidates", "control", "old", "new", "set_at", "applied_at")
 
 
 @dataclass
@@ -3414,43 +3477,76 @@ class Run:
         fixed = {name: value for name, value in asdict(settings).items() if name not in FREE_ON_RESUME}
         digest = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
         self.identity = [VERSION, digest, contents(data)]  # of its checkpoints
-        self.listeners = [self.progress, self.record, *self.listeners]
+        self.listeners = [self.progress, functools.partial(record, self), *self.listeners]
 
     def execute(self) -> dict:
-        """Trains what is not finished yet and returns the summary."""
+        """Trains what is not finished yet and returns the summary. Raises BadInput."""
         words = f"{describe(self.data)}, in batches of {self.settings.batch_size}"
         self.say(textwrap.fill(words, 80, subsequent_indent="  ", break_long_words=False))
-        stored = load_checkpoint(self.out / "checkpoints", self.say) if self.settings.resume else None
-        if stored:
-            self.take_up(stored)
-        else:
-            if self.settings.resume:
-                self.say(f"no checkpoint to resume in {self.out}: starting afresh")
-            self.make_trainer(self.policies[0], self.seeds[0])  # refuses what cannot be before anything moves
-            rotate_folder(self.out)
+        if self.settings.resume:
+            with held(self.out):
+                if self.resume():
+                    return self.train_all()
+            self.say(f"no checkpoint to resume in {self.out}: starting afresh")
+        self.finished, self.trainer = [], None
+        self.make_trainer(self.policies[0], self.seeds[0])  # refuses what cannot be before anything moves
+        with held(self.out):
+            rotate_folder(self.out, self.say)
+        with held(self.out):
             config = {"program": PROGRAM, "settings": asdict(self.settings)}
-            write_whole(self.out / "config.json", json.dumps(config, indent=2).encode())
-        done = [(run["policy"], run["seed"]) for run in self.finished]
+            write_whole(self.out / "config.json", as_json(config, indent=2))
+            return self.train_all()
+
+    def train_all(self) -> dict:
+        """Trains policy after policy, until one is cut, and returns the summary."""
         work = {name: (len(self.planned(name)), sum(self.planned(name))) for name in self.policies}
         for listener in self.listeners:
-            plan = {"work": work, "seeds": self.seeds, "done": done, "synthetic": self.data.synthetic}
-            listener("plan", plan)
-        for seed, policy in itertools.product(self.seeds, self.policies):
-            if (policy, seed) not in done and (stored or not self.controls.stopping()):
-                self.train(policy, seed, stored)
-                stored = None
+            listener("plan", {"work": work, "left": self.left(), "synthetic": self.data.synthetic})
+        for policy, seed in self.left():
+            if self.trainer or not self.controls.stopping():
+                self.train(policy, seed)
+            if self.trainer:  # it was cut
+                break
         return self.close()
 
+    def left(self) -> list[tuple[str, int]]:
+        """Policies and seeds that are not finished, in their order."""
+        done = [(run["policy"], run["seed"]) for run in self.finished]
+        runs = itertools.product(self.seeds, self.policies)
+        return [(policy, seed) for seed, policy in runs if (policy, seed) not in done]
+
+    def resume(self) -> bool:
+        """Takes up the newest checkpoint that fits; False where there is none. Raises BadInput where one is
+        of another run, and none of this one."""
+        unfit, other = [], None
+        for path in reversed(checkpoints(self.out / "checkpoints")):
+            try:
+                self.take_up(read_checkpoint(path))
+            except UNFIT as error:
+                other = error if isinstance(error, BadInput) else other
+                self.say(f"warning: {path}: {one_line(error)[:99]}; trying the checkpoint before it")
+                unfit.append(path)
+            else:
+                for passed in unfit:  # else it would count among the two that are kept
+                    passed.rename(passed.with_suffix(".unfit"))
+                return True
+        if other:
+            raise other
+        return False
+
     def take_up(self, stored: dict) -> None:
-        """What a checkpoint says of the runs before it. Raises BadInput where it is of another run."""
-        if stored.get("identity") != self.identity:
+        """Goes on from a checkpoint. Raises BadInput where it is of another run, else one of UNFIT."""
+        if stored["identity"] != self.identity:
             what = f"the {len(self.data.train_labels)} images in {self.data.source}"
             raise BadInput(f"{self.out}: expected a checkpoint of this program, these settings and {what}")
-        self.finished = stored["finished"]
+        self.finished, self.trainer = stored["finished"], None
+        if stored["trainer"]:
+            self.trainer = self.make_trainer(*self.left()[0])
+            restore(self.trainer, stored["trainer"])
         self.skipped |= dict.fromkeys(stored["skipped"])
         events, running = self.out / "events.jsonl", stored["trainer"] or {"changes": []}
         known = [change["control"] for run in (*self.finished, running) for change in run["changes"]]
-        told = events.read_text(encoding="utf-8") if events.exists() else ""
+        told = events.read_text(encoding="utf-8", errors="replace") if events.is_file() else ""
         later = sum(told.count(f'"{name}"') - known.count(name) for name in self.controls.values)
         if later > 0:
             self.say(f"{later} changes by hand in the epoch that was cut are dropped: it is trained again")
@@ -3483,11 +3579,9 @@ class Run:
             save=self.save,
         )
 
-    def train(self, policy: str, seed: int, stored: dict | None) -> None:
+    def train(self, policy: str, seed: int) -> None:
         """Trains one policy with one seed, from where a checkpoint left it, and keeps what came of it."""
-        trainer = self.trainer = self.make_trainer(policy, seed)
-        if stored and stored["trainer"]:
-            restore(trainer, stored["trainer"])
+        trainer = self.trainer = self.trainer or self.make_trainer(policy, seed)
         result = trainer.train()
         if (policy, seed) == (self.policies[0], self.seeds[0]):
             model = portable(self.settings, self.data.classes, trainer.model)
@@ -3510,7 +3604,10 @@ class Run:
 
     def charge_cut_epoch(self) -> None:
         """Adds to the checkpoint, as `repeated`, what was spent since: that epoch will be trained again."""
-        stored = load_checkpoint(self.out / "checkpoints", self.say)
+        try:
+            stored = read_checkpoint(checkpoints(self.out / "checkpoints")[-1])
+        except UNFIT:  # somebody deleted it meanwhile
+            return
         then, now = Ledger(self.trainer.ledger.meter), self.trainer.ledger.total()
         then.load_state_dict(stored["trainer"]["ledger"])
         before, repeated = then.total(), then.costs["repeated"]
@@ -3524,49 +3621,61 @@ class Run:
         """Finished runs, and the one in hand if it got anywhere."""
         return self.finished + ([results_of(self.trainer)] if self.trainer and self.trainer.rows else [])
 
-    def record(self, event: str, data: dict) -> None:
-        """A listener: the files that grow while it trains are written whole; a short time limit is told."""
-        if event in ("start", "epoch", "control"):
-            rows = [row for run in self.results() for row in run["epochs"]]
-            changes = [change for run in self.finished for change in run["changes"]]
-            changes += self.trainer.changes if self.trainer else []
-            changes = [change | {"applied_at": change["candidates"]} for change in changes]
-            for name, keys, lines in (("metrics", METRICS, rows), ("events", CHANGES, changes)):
-                text = "".join(json.dumps({key: line[key] for key in keys}) + "\n" for line in lines)
-                write_whole(self.out / f"{name}.jsonl", text.encode())
-        if event in ("epoch", "end"):
-            for source in (self.trainer.train_source, self.trainer.val_source):
-                self.skipped |= dict.fromkeys(source.unreadable.values())
-        if self.skipped and event in ("plan", "epoch", "end"):  # names of files may be no text
-            lines = "\n".join(self.skipped) + "\n"
-            write_whole(self.out / "skipped_images.txt", lines.encode(errors="backslashreplace"))
-        if event == "chunk" and not self.foretold:
-            self.foretell(data)
-
-    def foretell(self, chunk: dict) -> None:
-        """Says, once it can be told, how long it takes, and where the time limit ends before an epoch can."""
-        tally, limit = self.trainer.tally, self.settings.time_limit
-        share, left = tally.trained / (tally.n * chunk["rate"]), self.progress.outlook()[1]
-        if share > 0.05 and (left or limit):
-            self.foretold, expected = True, (chunk["train_seconds"] - tally.began) / share
-            if left:
-                self.say(f"about {clock(left)} to go in all")
-            if 0 < 60 * limit < expected:
-                self.say(
-                    f"--time-limit {limit:g}: an epoch takes about {clock(expected)}, and only whole ones "
-                    "are kept; allow more minutes, or train on less with --train-size"
-                )
-
     def close(self) -> dict:
         """Writes summary.json and curves.png, and returns the summary."""
         summary, results = summary_of(self), self.results()
-        write_whole(self.out / "summary.json", json.dumps(summary, indent=2).encode())
+        write_whole(self.out / "summary.json", as_json(summary, indent=2))
         if results:
             mark = " (synthetic images)" if self.data.synthetic else ""
             title = f"{self.settings.model} on {self.data.name}{mark}, {summary['n_train']} samples, "
             title += summary["device"] + ("" if summary["complete"] else ": stopped early")
             curves(results, title, self.out / "curves.png")
         return summary
+
+
+# %% Records tags=["shared", "fold"]
+# @title Records
+METRICS = (
+    "policy seed epoch phase train_loss val_accuracy target_activation activation_rate mean_activation "
+    "threshold controller candidates activated seconds elapsed_seconds data_wait_percent learning_rate "
+    "significance_quantiles"
+).split()
+CHANGES = ("time", "candidates", "control", "old", "new", "set_at", "applied_at")
+
+
+def record(run: Run, event: str, data: dict) -> None:
+    """A listener: the files that grow while it trains are written whole; a short time limit is told."""
+    if event in ("start", "epoch", "control"):
+        rows = [row for result in run.results() for row in result["epochs"]]
+        changes = [change for result in run.finished for change in result["changes"]]
+        changes += run.trainer.changes if run.trainer else []
+        changes = [change | {"applied_at": change["candidates"]} for change in changes]
+        for name, keys, lines in (("metrics", METRICS, rows), ("events", CHANGES, changes)):
+            text = b"".join(as_json({key: line[key] for key in keys}) + b"\n" for line in lines)
+            write_whole(run.out / f"{name}.jsonl", text)
+    if event in ("epoch", "end"):
+        for source in (run.trainer.train_source, run.trainer.val_source):
+            run.skipped |= dict.fromkeys(source.unreadable.values())
+    if run.skipped and event in ("plan", "epoch", "end"):  # names of files may be no text
+        lines = "\n".join(run.skipped) + "\n"
+        write_whole(run.out / "skipped_images.txt", lines.encode(errors="backslashreplace"))
+    if event == "chunk" and not run.foretold:
+        foretell(run, data)
+
+
+def foretell(run: Run, chunk: dict) -> None:
+    """Says, once it can be told, how long it takes, and where the time limit ends before an epoch can."""
+    tally, limit = run.trainer.tally, run.settings.time_limit
+    share, left = tally.trained / (tally.n * chunk["rate"]), run.progress.outlook()[1]
+    if share > 0.05 and (left or limit):
+        run.foretold, expected = True, (chunk["train_seconds"] - tally.began) / share
+        if left:
+            run.say(f"about {clock(left)} to go in all")
+        if 0 < 60 * limit < expected:
+            run.say(
+                f"--time-limit {limit:g}: an epoch takes about {clock(expected)}, and only whole ones "
+                "are kept; allow more minutes, or train on less with --train-size"
+            )
 
 
 # %% The report tags=["shared", "fold"]
@@ -3797,10 +3906,9 @@ def load_model(chosen: ASTConfig) -> tuple[nn.Module, dict]:
             raise ValueError(f"written by {saved.get('program', 'another program')}")
         model = bare_model(saved["model"], len(saved["classes"]), saved["image_size"])
         model.load_state_dict(saved["state_dict"])
-    except (*DAMAGE, AttributeError, pickle.UnpicklingError) as error:
-        reason = str(error).rpartition("WeightsUnpickler error: ")[2]  # before it torch advises to trust it
+    except UNFIT as error:
         raise BadInput(
-            f"{path}: {reason[:200]}; expected program, model, classes, image_size and state_dict, as a "
+            f"{path}: {one_line(error)}; expected program, model, classes, image_size and state_dict, as a "
             f"run of {PROGRAM}.py leaves them; name the folder of such a run with --out"
         ) from error
     return model.to(chosen.device).eval(), saved
@@ -3942,11 +4050,12 @@ def settings_of_run(settings: ASTConfig) -> ASTConfig:
     config, found = out / "config.json", {}
     if config.exists():
         try:
-            stored = json.loads(config.read_text(encoding="utf-8"))["settings"]
+            stored = read_config(out)["settings"]
             kept = FREE_ON_RESUME - {"data", "data_dir"}
             found = {item: stored[item.name] for item in fields(settings) if item.name not in kept}
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadInput(f"{config}: expected the settings of a run; leave --resume out") from error
+        except (KeyError, TypeError) as error:
+            expected = "expected the settings of a run; leave --resume out and name another --out"
+            raise BadInput(f"{config}: {expected}") from error
     for item, value in found.items():
         check(item, value, f"{config}: {item.name}")
         asked = getattr(settings, item.name)
@@ -3962,8 +4071,9 @@ def settings_of_run(settings: ASTConfig) -> ASTConfig:
 def copied(out: str, say: Callable[[str], None]) -> str:
     """A copy of an output folder that can only be read, such as one among Kaggle's inputs, to go on in."""
     home = fill_defaults(replace(settings, out=None)).out
-    rotate_folder(Path(home))
-    shutil.copytree(out, home, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    with held(Path(home)):
+        rotate_folder(Path(home), say)
+        shutil.copytree(out, home, dirs_exist_ok=True, copy_function=shutil.copyfile)
     say(f"{out} can only be read: it was copied to {home}, where it goes on")
     return home
 
@@ -4001,6 +4111,7 @@ def run(
     listeners = [print_table(say=say)] if listeners is None else listeners
     if settings.resume and Path(settings.out).is_dir() and not os.access(settings.out, os.W_OK):
         settings = replace(settings, out=copied(settings.out, say))
+    check_apart(Path(settings.out), Path(settings.data).expanduser())
     say("\n".join(overview(settings)))
     data = data or load_data(settings, say)
     settings = fitted(settings, data)
@@ -4018,6 +4129,31 @@ def prepare(settings: ASTConfig) -> tuple[ASTConfig, ImageData]:
     return fitted(settings, data), data
 
 
+class Outlet:
+    """A standard stream; what it cannot take, since nobody reads any more or a disk is full, goes nowhere."""
+
+    def __init__(self, stream: io.TextIOWrapper | None):
+        """stream: None, where a program is started without."""
+        self.stream = stream or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+        self.stream.reconfigure(errors="backslashreplace")  # for letters that a terminal or a file lacks
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        return self._tried(self.stream.write, text) or len(text)
+
+    def flush(self) -> None:
+        self._tried(self.stream.flush)
+
+    def _tried(self, work: Callable, *arguments: str) -> int | None:
+        try:
+            return work(*arguments)
+        except OSError:  # what is held back would fail again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            return None
+
+
 def main() -> int:
     """The script: exit status 0 done or out of time, 2 bad input, 128 + its number after a signal."""
     controls, codes = Controls(), {}
@@ -4028,8 +4164,7 @@ def main() -> int:
         signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
         os.write(2, f"{controls.stop}: saving and stopping; once more to stop at once\n".encode())
 
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="backslashreplace")  # for letters that a terminal or a file lacks
+    sys.stdout, sys.stderr = Outlet(sys.stdout), Outlet(sys.stderr)
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):  # Windows has no SIGHUP
             signal.signal(getattr(signal, name), stop)

@@ -125,7 +125,7 @@ def test_only_the_first_policy_of_a_seed_can_be_steered_if_it_chooses_at_all(clo
 def test_the_numbers_tell_where_it_is_and_what_is_a_model(clock):
     panel, histories, controls = dashboard()
     assert panel.words.value == "loading the data"
-    histories("plan", {"work": {"ast": (4, 4.0)}, "seeds": [0], "done": [], "synthetic": False})
+    histories("plan", {"work": {"ast": (4, 4.0)}, "left": [("ast", 0)], "synthetic": False})
     begin(histories=histories)
     assert look(panel, clock) == "<b>ast</b>, seed 0: epoch 1 of 4"
     go_on(histories, 30, rate=0.5)  # of 80

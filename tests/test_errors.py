@@ -23,7 +23,7 @@ SMALL = "--data shapes --train-size 40 --batch-size 16 --epochs 2 --compare none
 def refused(tmp_path, monkeypatch, capfd, small_nets):
     """The one line that a refused call of the script leaves, run in a folder with an earlier run in it."""
     (tmp_path / "out" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "out" / "config.json").write_text("{}")
+    (tmp_path / "out" / "config.json").write_text('{"program": "cifar10_ast", "settings": {}}')
     (tmp_path / "out" / "model.pt").write_text("precious")
     monkeypatch.chdir(tmp_path)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
@@ -206,7 +206,7 @@ def bound_by_permissions():
 def test_a_run_in_a_read_only_folder_is_neither_renamed_nor_touched(tmp_path):
     locked, script = tmp_path / "locked", Script(tmp_path)
     (locked / "out").mkdir(parents=True)
-    (locked / "out" / "config.json").write_text("{}")
+    (locked / "out" / "config.json").write_text('{"program": "cifar10_ast"}')
     before = files(locked)
     locked.chmod(0o555)
     try:

@@ -175,11 +175,9 @@ def test_weights_and_data_that_a_run_would_move_away_are_refused(imagenet, tmp_p
     (out / "images").mkdir(parents=True)
     shutil.copy(published, out)
     settings = settled(imagenet, weights=str(out / PUBLISHED), out=str(out), train_size=20)
-    with pytest.raises(imagenet.BadInput, match=f"{PUBLISHED}: lies in --out"):
-        imagenet.load_data(settings, print)
-    assert imagenet.load_data(replace(settings, resume=True), lambda line: None)
-    with pytest.raises(imagenet.BadInput, match=r"images: lies in --out"):
-        imagenet.load_data(replace(settings, data=str(out / "images"), weights="none"), print)
+    for given in ({}, {"data": str(out / "images"), "weights": "none"}):
+        with pytest.raises(imagenet.BadInput, match=f"--out {out}: expected a folder apart from"):
+            imagenet.run(replace(settings, **given))
 
 
 def write_text(content, path):

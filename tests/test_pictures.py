@@ -196,11 +196,8 @@ def test_progress_only_grows_and_ends_at_one_resumed_or_not(small_nets, tmp_path
 def test_the_time_to_go_is_what_is_left_at_this_pace():
     histories = ast.Histories()
     assert histories.progress.outlook() == (0, None)
-    done = [("ast", 0), ("full", 0)]
-    histories(
-        "plan",
-        {"work": {"ast": (4, 100.0), "full": (4, 300.0)}, "seeds": [0, 1], "done": done, "synthetic": False},
-    )
+    work, left = {"ast": (4, 100.0), "full": (4, 300.0)}, [("ast", 1), ("full", 1)]
+    histories("plan", {"work": work, "left": left, "synthetic": False})
     go_on(begin(histories=histories, seed=1), 10)  # an eighth of the first, in 2.5 seconds
     assert histories.progress.outlook() == (pytest.approx(12.5 / 400), None), "too early to tell"
     go_on(histories, 30)

@@ -4,6 +4,8 @@ import contextlib
 import hashlib
 import io
 import itertools
+import json
+import math
 import os
 import pickle
 import random
@@ -190,7 +192,7 @@ def assert_same(out, reference):
         assert found["policies"][policy][key] == expected["policies"][policy][key], (policy, key)
     assert found["measured"]["accuracy_minus_random"] == expected["measured"]["accuracy_minus_random"]
     assert {path.name for path in out.iterdir()} == {path.name for path in reference.iterdir()}
-    assert len(list((out / "checkpoints").iterdir())) == 2
+    assert len(checkpoints(out)) == 2
 
 
 ONE = [("Ctrl-C", 1), ("stop", 20), ("time limit", 47), ("crash", 99), ("crash", 131)]
@@ -341,13 +343,93 @@ def checkpoints(out):
     return sorted((out / "checkpoints").glob("*.ckpt"))
 
 
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(data, whole, out):
+def flip(place, content):
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+def hashed(payload):
+    return hashlib.sha256(payload).digest() + payload
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("hacked",)
+
+
+def linked(path):
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+def made_a_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def with_state(change):
+    """Does something to a checkpoint's state, and writes it as a whole one."""
+
+    def do(path):
+        state = ast.read_checkpoint(path)
+        torch.save(change(state) or state, buffer := io.BytesIO())
+        path.write_bytes(hashed(buffer.getvalue()))
+
+    return do
+
+
+def with_bytes(change):
+    return lambda path: path.write_bytes(change(path.read_bytes()))
+
+
+MISFITS = {
+    "empty": with_bytes(lambda content: b""),
+    "cut": with_bytes(lambda content: content[:-1]),
+    "cut in its digest": with_bytes(lambda content: content[:10]),
+    "longer": with_bytes(lambda content: content + b"\0"),
+    "flipped digest": with_bytes(partial(flip, 0)),
+    "flipped bit": with_bytes(partial(flip, 2000)),
+    "no pickle": with_bytes(lambda content: hashed(b"nothing")),
+    "code": with_bytes(lambda content: hashed(pickle.dumps({"identity": Evil()}))),
+    "dangling link": linked,
+    "folder": made_a_folder,
+    "no dict": with_state(lambda state: [1]),
+    "another run's": with_state(lambda state: state["identity"].__setitem__(1, "0" * 64)),
+    "an older version's": with_state(lambda state: state["identity"].__setitem__(0, 2)),
+    "another model's": with_state(lambda state: state["trainer"]["model"].popitem() and None),
+    "another shape": with_state(lambda state: state["trainer"]["model"].update({"0.weight": torch.ones(2)})),
+    "no such rows": with_state(lambda state: state["trainer"].update(rows=7)),
+}
+KEYS = ("identity", "finished", "skipped", "trainer")
+MISFITS |= {f"without {key}": with_state(lambda state, key=key: state.pop(key) and None) for key in KEYS}
+KEYS = ("gate", "optimizer", "ledger", "schedule", "generators", "random_states", "rows", "progress", "limit")
+MISFITS |= {
+    f"trainer without {key}": with_state(lambda state, key=key: state["trainer"].pop(key) and None)
+    for key in KEYS
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_where_the_newest_checkpoint_does_not_fit_the_one_before_serves(
+    data, whole, out, misfit, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
     newest, said = checkpoints(out)[-1], []
-    newest.write_bytes(newest.read_bytes()[:-100])
+    before = len(checkpoints(out))
+    MISFITS[misfit](newest)
+    (out / "checkpoints" / "best.ckpt").write_bytes(b"mine")
+    kept = newest.read_bytes() if newest.is_file() else None
     resume(out, data, said=said)
-    [warning] = [line for line in said if "is damaged" in line]
-    assert str(newest) in warning
+    [warning] = [line for line in said if "warning" in line]
+    assert warning.startswith(f"warning: {newest}: ") and "trying the checkpoint before it" in warning
+    assert "\n" not in warning and "trust" not in warning
+    aside = newest.with_suffix(".unfit")
+    assert aside.is_file() == (kept is not None) and (kept is None or aside.read_bytes() == kept)
+    mine = out / "checkpoints" / "best.ckpt"
+    assert mine.read_bytes() == b"mine", "whatever has another name is not ours"
+    mine.unlink()
     assert_same(out, whole())
+    assert (before, len(checkpoints(out))) == (2, 2)
+    assert not (tmp_path / "hacked").exists()
 
 
 def test_without_a_whole_checkpoint_it_starts_afresh_says_so_and_keeps_what_there_is(data, whole, out):
@@ -401,13 +483,54 @@ def test_an_output_that_can_only_be_read_is_copied_and_gone_on_with(data, whole,
     assert_same(home, whole())
 
 
-@pytest.mark.parametrize("content", ['{"settings": {"lr"', "[]", '{"settings": {}}', "\0\xff", "fast"])
+STRANGE = {"lr": "fast", "seeds": 7, "epochs": 1e23, "gate": None, "batch_size": True, "model": ["resnet"]}
+
+
+@pytest.mark.parametrize(
+    "content", ['{"settings": {"lr"', "[]", '{"settings": {}}', "\0\xff", "[" * 99_999, None, *STRANGE]
+)
 def test_resuming_beside_a_damaged_config_is_refused_in_a_sentence(data, out, content):
-    if content == "fast":  # a value that cannot be
-        content = (out / "config.json").read_text().replace('"lr": 0.02', '"lr": "fast"')
-    (out / "config.json").write_text(content, encoding="latin1")
+    config = out / "config.json"
+    if content in STRANGE:
+        found = json.loads(config.read_text())
+        found["settings"][content] = STRANGE[content]
+        content = json.dumps(found)
+    config.unlink()
+    config.write_text(content, encoding="latin1") if content else config.mkdir()
     with refused(out, r"config\.json.*expected"):
         resume(out, data)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"\xff\0", b'{"seed": 0}\n' * 9, None], ids=repr)
+def test_records_of_any_form_are_written_anew_from_the_checkpoint(data, whole, out, content):
+    for name in ("summary.json", "metrics.jsonl", "events.jsonl"):
+        (out / name).unlink()
+        if content:
+            (out / name).write_bytes(content)
+    resume(out, data)
+    assert_same(out, whole())
+    assert (out / "events.jsonl").read_bytes() == b""
+
+
+@pytest.mark.parametrize("lost", ["events.jsonl", "metrics.jsonl", "config.json", "checkpoints", ""])
+def test_what_is_deleted_while_it_trains_is_written_again(data, whole, tmp_path, lost):
+    out = tmp_path / "out"
+
+    def delete():
+        shutil.rmtree(out / lost) if (out / lost).is_dir() else (out / lost).unlink()
+
+    run(out, data, [at("epoch", 2, delete)])
+    if lost in ("config.json", ""):  # of which nothing else tells
+        shutil.copy(whole() / "config.json", out)
+    assert_same(out, whole())
+    with contextlib.suppress(ZeroDivisionError):
+        cut(run, out, data, "Ctrl-C", 31, [at("chunk", 30, delete)])  # not even a checkpoint is left
+
+
+def test_no_number_in_the_records_is_infinite_or_none(tmp_path):
+    assert ast.as_json({"loss": math.inf, "θ": [math.nan, -math.inf, 0.5]}) == (
+        b'{"loss": null, "\\u03b8": [null, null, 0.5]}'
+    )
 
 
 def test_a_copied_folder_resumes_with_another_time_limit_and_without_metrics_and_summary(data, whole, out):
@@ -469,7 +592,7 @@ def test_killed_at_random_moments_and_resumed_equals_the_uninterrupted_run(scrip
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-        where.append(len(ast.load_checkpoint(out / "checkpoints", print)["finished"]))
+        where.append(len(ast.read_checkpoint(checkpoints(out)[-1])["finished"]))
         flags = ["--resume"]
     assert where == [0, 1]
     script("--resume", "--out", "out", check=0)
@@ -477,54 +600,12 @@ def test_killed_at_random_moments_and_resumed_equals_the_uninterrupted_run(scrip
     assert_same(out, tmp_path / "whole")
 
 
-def save(folder, number):
-    weights = torch.arange(1000.0) + number
-    ast.save_checkpoint(folder, {"number": number, "weights": weights, "rows": [{"a": None}]})
-    return sorted(folder.glob("*.ckpt"))[-1]
-
-
-def loaded(folder):
-    said = []
-    return ast.load_checkpoint(folder, said.append), said
-
-
 def test_a_checkpoint_comes_back_as_it_was_and_two_are_kept(tmp_path):
     folder = tmp_path / "made" / "checkpoints"
     for number in range(4):
-        save(folder, number)
-        found, said = loaded(folder)
-        assert (found["number"], found["rows"], said) == (number, [{"a": None}], [])
-        assert torch.equal(found["weights"], torch.arange(1000.0) + number)
+        weights = torch.arange(1000.0) + number
+        ast.save_checkpoint(folder, {"number": number, "weights": weights, "rows": [{"a": None}]})
+        found = ast.read_checkpoint(ast.checkpoints(folder)[-1])
+        assert (found["number"], found["rows"]) == (number, [{"a": None}])
+        assert torch.equal(found["weights"], weights)
         assert len(list(folder.iterdir())) == min(number + 1, 2)
-
-
-def flip(place, content):
-    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
-
-
-DAMAGES = [lambda c, end=end: c[:end] for end in (0, 10, 32, 2000, -1)]
-DAMAGES += [lambda c: c + b"\0", *(partial(flip, place) for place in (0, 40, 2000, -1))]
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_whatever_the_damage_it_is_noticed_and_the_checkpoint_before_serves(tmp_path, damage):
-    for number in range(2):
-        newest = save(tmp_path, number)
-    newest.write_bytes(damage(newest.read_bytes()))
-    found, (said,) = loaded(tmp_path)
-    assert found["number"] == 0 and f"{newest} is damaged" in said
-    save(tmp_path, 2).write_bytes(b"damaged as well")
-    assert loaded(tmp_path)[0]["number"] == 0, "two whole ones are kept again"
-
-
-def test_a_checkpoint_runs_no_code(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "hacked"),)
-
-    torch.save({"number": Evil()}, buffer := io.BytesIO())
-    payload = buffer.getvalue()
-    (tmp_path / "000000.ckpt").write_bytes(hashlib.sha256(payload).digest() + payload)
-    with contextlib.suppress(pickle.UnpicklingError, ast.BadInput):
-        assert loaded(tmp_path)[0] is None
-    assert not (tmp_path / "hacked").exists()
