@@ -1,0 +1,9 @@
+"""The campaign of kills, signals and damage in short; `python tests/campaign.py` is the long one."""
+
+import campaign
+import pytest
+
+
+@pytest.mark.slow
+def test_nothing_is_lost_or_mixed_up():
+    assert campaign.campaign(kills=3, signals=2, damages=4) == []
