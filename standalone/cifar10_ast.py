@@ -269,7 +269,7 @@ class Settings(ASTConfig):
     compare: str = option(
         "full,random", f"(none|{POLICY}(,{POLICY})*)?", "beside it: full, random, short; or none"
     )
-    out: str | None = option(None, "", "folder for results; the platform decides")
+    out: str | None = option(None, "", "folder for results, of one run at a time; the platform decides")
     resume: bool = option(False, "", "go on from the last whole epoch in --out")
     time_limit: float = option(0.0, "[0, inf)", "minutes until the run saves and stops; 0 for none")
 

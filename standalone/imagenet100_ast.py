@@ -284,7 +284,7 @@ class Settings(ASTConfig):
     profile: str = option("accuracy", tuple(PROFILES), "settings that go together, shown at the start")
     compare: str = option("full,random,short", f"|none|{POLICY}(,{POLICY})*", "run beside it, or none")
     probe_first: bool = option(False, "", "begin with a last layer trained alone, on frozen weights")
-    out: str | None = option(None, "", "folder for results; the platform decides")
+    out: str | None = option(None, "", "folder for results, of one run at a time; the platform decides")
     resume: bool = option(False, "", "go on from the last checkpoint in --out")
     time_limit: float = option(0.0, "[0, inf)", "minutes until the run saves and stops; 0 for none")
 
