@@ -149,6 +149,7 @@ except ImportError:  # Windows
 # @title What can be set
 SCORED = ("remembered", "live")  # gates that look at significance
 GATES = (*SCORED, "random", "full")
+RESOLUTIONS = ("auto", "full", "progressive")
 SIGNIFICANCES = ("loss", "loss+entropy", "loss+intensity", "gradient")
 
 
@@ -216,6 +217,7 @@ class ASTConfig:
     temperature: float = option(0.25, "(0, inf)", "T, softness of the gate in ranks; 0.1 chooses strictly")
     guard: bool = option(True, "", "rank as average what stays hard visit after visit")
     balance: bool = option(False, "", "activate as many of every class, for classes that are rare")
+    resolution: str = option("auto", RESOLUTIONS, "pixels of a step: full, or progressive, fewer at first")
     feedforward: bool = option(True, "", "solve for θ; off is the pure PI of the original reports")
     initial_threshold: float = option(0.5, "(-inf, inf)", "θ at the start of the pure PI, on the rank scale")
     adapt_kp: float = option(0.005, "[0, inf)", "proportional gain of the pure PI, θ per rate")
@@ -260,7 +262,7 @@ class ASTConfig:
 # @title Settings
 PROGRAM = "imagenet100_ast"
 KAGGLE_DATA = "ambityga/imagenet100"  # the data set to attach to a notebook on Kaggle
-POLICY = "(full|random|short)"
+POLICY = "(full|random|short|dense|dense-short)"
 PROFILES = {
     "accuracy": {"target_activation": 0.4},
     "efficiency": {"target_activation": 0.15, "warmup_epochs": 1, "ramp_epochs": 0, "anneal_epochs": 1},
@@ -748,17 +750,24 @@ class LiveGate:
 # learning rate goes to zero, so that the last steps see the true distribution. The learning rate follows
 # *progress* in [0, 1], not the step number: each step moves it by (1 − progress) / (steps remaining at the
 # current target), so the rate stays continuous and ends at zero whatever happens to the target on the way.
+#
+# A network learns coarse things first, and coarse things need few pixels. With `progressive` resolution the
+# first epochs see small views, which cost by the square of their side, and the last ones see whole ones.
+# Evaluation sees whole ones always.
 
 
 # %% The schedule tags=["shared"]
 @dataclass
 class Schedule:
-    """Phases and target activation rate, epoch by epoch."""
+    """Phases, target activation rate and resolution, epoch by epoch."""
+
+    STAGES = ((0.1, 0.5), (0.3, 0.625), (0.5, 0.75), (0.7, 0.875))  # up to a share of the epochs: of the side
 
     epochs: int
     warmup: int
     ramp: int
     anneal: int
+    progressive: bool = False
     rates: list[float] | None = None  # given rates, epoch by epoch: another run's realised ones
 
     @classmethod
@@ -772,7 +781,7 @@ class Schedule:
         if warmup + ramp + anneal > epochs:
             phases = f"warm-up {warmup}, ramp {ramp}, anneal {anneal}"
             raise BadInput(f"{phases}: expected at most {epochs} epochs together; shorten them")
-        return cls(epochs, warmup, ramp, anneal)
+        return cls(epochs, warmup, ramp, anneal, config.resolution == "progressive")
 
     def phase(self, epoch: int) -> str:
         """The phase of an epoch counted from 0: warmup, ramp, sparse or anneal."""
@@ -791,6 +800,11 @@ class Schedule:
             t = (epoch - self.warmup + 1) / (self.ramp + 1)
             return target + (1 - target) * 0.5 * (1 + math.cos(math.pi * t))
         return target if phase == "sparse" else 1.0
+
+    def side(self, epoch: int) -> float:
+        """The side of an epoch's views, as a share of the whole side."""
+        stages = self.STAGES if self.progressive else ()
+        return next((side for until, side in stages if epoch < until * self.epochs), 1.0)
 
     def steps(self, first: int, target: float, n: int, batch_size: int) -> int:
         """Steps of n candidates an epoch from the epoch `first` to the end."""
@@ -811,7 +825,8 @@ def learning_rate_shape(progress: float) -> float:
 # hardware, or said to be unavailable and why.
 
 # %% The ledger tags=["shared"]
-TRAINING_PHASES = ("warmup", "ramp", "sparse", "anneal", "scoring")
+STEPS = ("warmup", "ramp", "sparse", "anneal")
+TRAINING_PHASES = (*STEPS, "scoring")
 PHASES = (*TRAINING_PHASES, "evaluation", "checkpoint", "repeated")  # repeated: a cut epoch, trained again
 UNIT_ACTIVATED, UNIT_SKIPPED = 10.0, 0.1  # unit energy a sample, the original reports' model
 
@@ -1045,6 +1060,7 @@ class Tally:
     held: int = 0  # chosen after the loader, not yet in a batch
     trained: int = 0  # samples that went through a step
     finite: int = 0  # of these, with a finite loss
+    side: int | None = None  # pixels of the last views
     loss: float = 0.0  # sum over those
     skipped_steps: int = 0  # steps not taken
     waited: float = 0.0  # seconds in which the step waited for data
@@ -1056,6 +1072,7 @@ class Tally:
         sums = torch.stack([torch.where(finite, losses, 0).sum(), finite.sum(), taken])
         self.pending.append((batch.indices, scores, sums))
         self.trained += len(batch)
+        self.side = batch.images.shape[-1] if batch.images.ndim == 4 else None
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Indices and significances, on the CPU, of what was trained since the last call: the one sync."""
@@ -1177,6 +1194,7 @@ class AdaptiveSparseTrainer:
         """Offers every sample to the gate once and trains on what it activates; False where stopped."""
         seconds = self.ledger.total(TRAINING_PHASES).seconds, self.ledger.costs["scoring"].seconds
         self.tally = Tally(int(self.readable.sum()), *seconds)
+        self.train_source.side = self.schedule.side(self.epoch)
         self.apply_controls()
         batches = arrivals(self, self.train_source.stream(self.choose()))
         if needs_views(self.gate):
@@ -1234,7 +1252,7 @@ class AdaptiveSparseTrainer:
         self.tally.add(batch, *train_step(self.model, self.optimizer, self.scaler, batch, *how))
         cost = self.ledger.costs[self.phase]
         cost.activated += len(batch)
-        cost.flops += len(batch) * self.flops["training"]
+        cost.flops += len(batch) * self.flops[mode_at("training", batch.images, self.train_source)]
         self.progress += (1 - self.progress) / steps_left(self)
 
     def remember(self) -> None:
@@ -1338,7 +1356,8 @@ def compared(trainer: AdaptiveSparseTrainer, policies: Sequence[str], **epochs: 
     set_rates(trainer.optimizer, trainer.peak_lrs)  # an earlier training ended at 0
     start = copy.deepcopy((trainer.model, trainer.optimizer))
     first = trainer.train(**epochs)
-    results, config = {trainer.policy: first}, replace(trainer.config, **epochs)
+    results = {trainer.policy: first}
+    config = replace(trainer.config, **epochs | {"epochs": trainer.schedule.epochs})
     for policy in policies:
         model, optimizer = copy.deepcopy(start)
         settings, rates = rival(policy, config, first["epochs"], [])
@@ -1369,7 +1388,7 @@ def arrivals(trainer: AdaptiveSparseTrainer, batches: Iterable[Batch]) -> Iterat
         trainer.readable[batch.missing] = False
         give_up(trainer.gate, batch.missing)
         if len(batch):
-            count_flops(trainer, batch)
+            count_flops(trainer, trainer.train_source, batch.images, batch.labels)
             yield batch
 
 
@@ -1411,7 +1430,8 @@ def steps_left(trainer: AdaptiveSparseTrainer) -> int:
 
 def score_views(trainer: AdaptiveSparseTrainer, images: Tensor, labels: Tensor) -> Tensor:
     """Significance [m] of views [m, ...] with labels int64 [m], by the model as it is now; charged."""
-    trainer.ledger.costs["scoring"].flops += len(images) * trainer.flops["evaluation"]
+    mode = mode_at("evaluation", images, trainer.train_source)
+    trainer.ledger.costs["scoring"].flops += len(images) * trainer.flops[mode]
 
     def forward(images: Tensor, labels: Tensor) -> Tensor:
         return trainer.judge(trainer.model(images), labels, images)
@@ -1432,28 +1452,38 @@ def evaluate(trainer: AdaptiveSparseTrainer) -> float | None:
         for images, labels in trainer.val_source.in_order():
             if trainer.controls.stop:
                 return None
+            count_flops(trainer, trainer.val_source, images, labels)
             right += sum(trainer.in_parts(hits, images, labels))
             count += len(labels)
         trainer.ledger.costs["evaluation"].flops += count * trainer.flops.get("evaluation", 0.0)
         return 100 * float(right) / count
 
 
-def count_flops(trainer: AdaptiveSparseTrainer, batch: Batch) -> None:
-    """FLOPs a sample of each mode, once, at nobody's cost. Raises BadInput for a model that does not fit."""
-    if trainer.flops:
+def mode_at(mode: str, images: Tensor, source: Source) -> str:
+    """What the FLOPs of a view in a mode are filed under: with its side, where that is not the whole one."""
+    return mode if getattr(source, "side", 1.0) == 1 else f"{mode} at {images.shape[-1]} pixels"
+
+
+def count_flops(trainer: AdaptiveSparseTrainer, source: Source, images: Tensor, labels: Tensor) -> None:
+    """FLOPs a view of each mode, once a side, at nobody's cost. Raises BadInput for a model that does not
+    fit."""
+    modes = {mode_at(mode, images, source): mode == "training" for mode in ("evaluation", "training")}
+    if modes.keys() <= trainer.flops.keys():
         return
-    began = time.perf_counter()
+    began, first = time.perf_counter(), not trainer.flops
     with trainer.ledger.charge(None):
-        for mode in ("evaluation", "training"):
-            how = batch.images[:2], mode == "training", trainer.autocast
+        for mode, training in modes.items():
+            few = images[:2]
             try:
-                trainer.flops[mode], uncounted, logits = flops_per_sample(trainer.model, *how)
+                trainer.flops[mode], uncounted, logits = flops_per_sample(
+                    trainer.model, few, training, trainer.autocast
+                )
             except RuntimeError as error:
-                found = f"a model that cannot take {batch.images.dtype} images {list(how[0].shape)}"
+                found = f"a model that cannot take {images.dtype} images {list(few.shape)}"
                 raise BadInput(f"{found}: {one_line(error)}; expected one that can; change either") from error
-            check_outputs(logits, batch.labels)
+            check_outputs(logits, labels)
             trainer.uncounted = sorted({*trainer.uncounted, *uncounted})
-    if not are_classes(batch.labels):
+    if first and not are_classes(labels):
         text = "labels that are no classes: the significance of a sample is its own loss"
         trainer.emit("notice", text=text)
     trainer.tally.waited -= time.perf_counter() - began  # that was no waiting for data
@@ -1474,8 +1504,9 @@ def decision(trainer: AdaptiveSparseTrainer, offered: Tensor, activated: Tensor)
     now = {"candidates": tally.candidates, "n": tally.n, "progress": trainer.progress, "phase": trainer.phase}
     now |= {"rate": trainer.rate, "gate": trainer.gate if trainer.rate < 1 else None}
     now |= {"offered": len(offered), "activated": len(activated), "flops_per_sample": trainer.flops}
-    now |= {"seconds": total.seconds, "joules": total.joules, "scoring_flops": ledger.costs["scoring"].flops}
-    return now | {"train_seconds": ledger.total(TRAINING_PHASES).seconds}
+    trained = ledger.total(TRAINING_PHASES)
+    now |= {"seconds": total.seconds, "joules": total.joules, "train_seconds": trained.seconds}
+    return now | {"trained": trained.activated, "flops": trained.flops, "resolution": tally.side}
 
 
 PATIENCE = 20  # percent of an epoch that may be spent waiting for data before the trainer says so
@@ -1520,6 +1551,7 @@ def epoch_row(trainer: AdaptiveSparseTrainer, accuracy: float) -> dict:
         "elapsed_seconds": total.seconds,
         "data_wait_percent": waited,
         "learning_rate": trainer.optimizer.param_groups[0]["lr"],
+        "resolution": tally.side,
     }
 
 
@@ -1799,6 +1831,17 @@ def build_model(settings: Settings, data: ImageData | int, say: Callable = lambd
         fitted = {"weight": weight.view_as(head.weight), "bias": bias}
         head.load_state_dict({key: fitted[key] for key in head.state_dict()})
     return model.to(memory_format=torch.channels_last)
+
+
+def takes_small_views(settings: Settings) -> bool:
+    """Whether the model can do with views of half the side."""
+    with torch.device("meta"):  # shapes alone
+        model = bare_model(settings.model, 2, settings.image_size).eval()
+        try:
+            model(torch.zeros(1, 3, settings.image_size // 2, settings.image_size // 2))
+        except (RuntimeError, AssertionError, ValueError):
+            return False
+    return True
 
 
 def head_of(model: nn.Module) -> tuple[str, nn.Module]:
@@ -2198,7 +2241,7 @@ class CropSource:
     def __init__(self, images: np.ndarray | Photos, labels: np.ndarray, settings: Settings, training: bool):
         """training: random crops, augmented; else the plain middle."""
         self.images = images if isinstance(images, Photos) else Photos(images, range(len(images)))
-        self.device, self.side = torch.device(settings.device), settings.image_size
+        self.device, self.pixels, self.side = torch.device(settings.device), settings.image_size, 1.0
         self.labels = torch.as_tensor(labels).long().to(self.device)
         self.batch_size, self.workers = settings.batch_size, settings.workers
         self.training, self.generator = training, torch.Generator()
@@ -2215,10 +2258,10 @@ class CropSource:
         """
         pool, waiting = ThreadPoolExecutor(self.workers, "decode"), deque()
         pinned, numbers = self.device.type == "cuda", DRAWS if self.training else 0
+        side = pixels_at(self.side, self.pixels)
         try:
             for indices, weights in batches:
-                shape = (len(indices), self.side, self.side, 3)
-                pictures = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+                pictures = torch.empty((len(indices), side, side, 3), dtype=torch.uint8, pin_memory=pinned)
                 draws = torch.rand(len(indices), numbers, generator=self.generator).tolist()
                 fill = functools.partial(self.fill, pictures.numpy(), indices.tolist(), draws)
                 waiting.append((indices, weights, pictures, pool.map(fill, range(self.workers))))
@@ -2242,7 +2285,7 @@ class CropSource:
         for place in range(first, len(indices), self.workers):
             index = indices[place]
             try:
-                pictures[place] = self.images.crop(index, self.side, draws[place])
+                pictures[place] = self.images.crop(index, pictures.shape[1], draws[place])
             except Exception as error:  # a damaged file can break a decoder in any way
                 bad[index] = reason(self.images.names[index], error)
         return bad
@@ -2735,6 +2778,7 @@ class Source(Protocol):
     """What the trainer takes samples from; `__len__`, `stream` and `in_order` are as an ArraySource's."""
 
     batch_size: int
+    side: float  # of the views of `stream`, as a share of the whole side; the trainer sets it
     generator: torch.Generator  # what views are drawn with; checkpoints hold its state
     unreadable: dict[int, str]  # index of each sample that could not be read, and why
     remedy: str  # what to do where training waits for data
@@ -2749,6 +2793,23 @@ def as_input(images: Tensor) -> Tensor:
     colours = (1, 3, 4)
     last = images.ndim == 4 and images.shape[3] in colours and images.shape[1] not in colours
     return images.permute(0, 3, 1, 2).float() if last else images.float()
+
+
+def shrunk(images: Tensor, side: float) -> Tensor:
+    """Views float [B, C, H, W] at a share of their side. Raises BadInput for others."""
+    if side == 1:
+        return images
+    if images.ndim != 4:
+        raise BadInput(
+            f"views {list(images.shape)}: expected [B, C, H, W] for progressive resolution; use full"
+        )
+    sides = [pixels_at(side, whole) for whole in images.shape[2:]]
+    return F.interpolate(images, sides, mode="bilinear", antialias=True)
+
+
+def pixels_at(side: float, whole: int) -> int:
+    """A share of a whole side, in pixels, in steps of four."""
+    return whole if side == 1 else max(4, 4 * round(side * whole / 4))
 
 
 def are_classes(labels: Tensor) -> bool:
@@ -2813,6 +2874,7 @@ class ArraySource:
         if len(self.images) != len(self.labels):
             raise BadInput(f"{len(self.images)} images, {len(self.labels)} labels: expected as many of each")
         self.batch_size, self.view, self.generator = batch_size, view, torch.Generator(device)
+        self.side = 1.0
         self.unreadable: dict[int, str] = {}
 
     def __len__(self) -> int:
@@ -2822,7 +2884,7 @@ class ArraySource:
         """A Batch for each (indices int64 [B], weights [B]), in their order."""
         for indices, weights in batches:
             rows = indices.to(self.labels.device, non_blocking=True)
-            views = self.view(self.images[rows], self.generator)
+            views = shrunk(self.view(self.images[rows], self.generator), self.side)
             yield Batch(indices, weights, views, self.labels[rows], indices[:0])
 
     def in_order(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -2842,7 +2904,7 @@ class DatasetSource:
     def __init__(self, loader: DataLoader, device: torch.device, classes: bool = True):
         """classes: labels are made class numbers; else they stay as they are."""
         self.loader, self.device, self.classes = loader, device, classes
-        self.batch_size = loader.batch_size
+        self.batch_size, self.side = loader.batch_size, 1.0
         self.unreadable: dict[int, str] = {}
         self.generator = torch.Generator()
         names = ("collate_fn", "num_workers", "prefetch_factor", "pin_memory", "worker_init_fn", "timeout")
@@ -2917,7 +2979,7 @@ class DatasetSource:
             raise BadInput(f"a batch that is a {type(batch).__name__}{parts}: expected (images, labels)")
         images, labels = torch.as_tensor(batch[0]), as_labels(batch[1], classes)
         images, labels = (part.to(self.device, non_blocking=True) for part in (images, labels))
-        return as_input(images), labels
+        return shrunk(as_input(images), self.side), labels
 
     def in_order(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All samples, labels as classes, for evaluation. Raises BadInput."""
@@ -3171,10 +3233,11 @@ def flops_per_sample(model: nn.Module, images: Tensor, training: bool, autocast:
             twin = copy.deepcopy(model)
             if not training:
                 twin.eval()
-            with torch.set_grad_enabled(training), autocast():
-                logits = twin(images)
-            if training:
-                logits.float().sum().backward()
+            with torch.set_grad_enabled(training):
+                with autocast():
+                    logits = twin(images)
+                if training:
+                    logits.float().sum().backward()
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_path)
     return counter.get_total_flops() / len(images), sorted(counter.uncounted), logits
@@ -3238,7 +3301,7 @@ def energy_meter(device: torch.device) -> EnergyMeter:
 
 # %% The table tags=["shared", "fold"]
 # @title The table
-HEADER = "policy   epoch  phase   accuracy   loss  rate  target      θ     time     ETA"
+HEADER = "policy       epoch  phase   accuracy   loss  rate  target      θ     time     ETA"
 
 
 def clock(seconds: float) -> str:
@@ -3288,7 +3351,7 @@ def epoch_line(row: dict, number: str, left: float | None) -> str:
     theta = "-" if row["threshold"] is None else f"{row['threshold']:.3f}"
     phase = "-" if row["policy"] in ("full", "short") else row["phase"]
     return (
-        f"{row['policy']:<7} {number:>7} {phase:<7} {row['val_accuracy']:>6.2f} % {row['train_loss']:>6.3f} "
+        f"{row['policy']:<11} {number:>7} {phase:<7} {row['val_accuracy']:>6.2f} % {row['train_loss']:>6.3f} "
         f"{row['activation_rate']:>5.3f} {row['target_activation']:>7.3f} {theta:>6} "
         f"{clock(row['seconds']):>8} {'-' if left is None else clock(left):>7}"
     )
@@ -3434,10 +3497,23 @@ def rival(
 ) -> tuple[ASTConfig, list | None]:
     """A policy's settings, and the rates that it repeats: those of the rows of AST's run, else planned."""
     rates = [row["activated"] / row["candidates"] for row in rows] or planned
-    if policy == "short":
-        return replace(config, gate="full", epochs=max(1, round(sum(rates))), **NO_PHASES), None
-    config = config if policy == "ast" else replace(config, gate=policy)
-    return config, rates if policy == "random" else None
+    if policy in ("full", "short"):
+        config, cost = replace(config, gate="full", resolution="full"), work(config, rates)
+    elif policy in ("dense", "dense-short"):
+        epoch = work(config, [1.0] * config.epochs) / config.epochs
+        config, cost = replace(config, gate="full"), work(config, rates) / epoch
+    else:
+        return config if policy == "ast" else replace(
+            config, gate=policy
+        ), rates if policy == "random" else None
+    short = {"epochs": max(1, round(cost)), **NO_PHASES} if policy.endswith("short") else {}
+    return replace(config, **short), None
+
+
+def work(config: ASTConfig, rates: list[float]) -> float:
+    """What epochs of these activation rates cost, in epochs of everything at full resolution."""
+    schedule = Schedule.of(config, config.epochs)
+    return sum(rate * schedule.side(epoch) ** 2 for epoch, rate in enumerate(rates))
 
 
 def contents(data: ImageData) -> str:
@@ -3482,6 +3558,7 @@ class Run:
     def execute(self) -> dict:
         """Trains what is not finished yet and returns the summary. Raises BadInput."""
         words = f"{describe(self.data)}, in batches of {self.settings.batch_size}"
+        words += ", few pixels first" * (self.settings.resolution == "progressive")
         self.say(textwrap.fill(words, 80, subsequent_indent="  ", break_long_words=False))
         if self.settings.resume:
             with held(self.out):
@@ -3499,9 +3576,9 @@ class Run:
 
     def train_all(self) -> dict:
         """Trains policy after policy, until one is cut, and returns the summary."""
-        work = {name: (len(self.planned(name)), sum(self.planned(name))) for name in self.policies}
+        ahead = {policy: self.ahead(policy) for policy in self.policies}
         for listener in self.listeners:
-            listener("plan", {"work": work, "left": self.left(), "synthetic": self.data.synthetic})
+            listener("plan", {"work": ahead, "left": self.left(), "synthetic": self.data.synthetic})
         for policy, seed in self.left():
             if self.trainer or not self.controls.stopping():
                 self.train(policy, seed)
@@ -3551,11 +3628,17 @@ class Run:
         if later > 0:
             self.say(f"{later} changes by hand in the epoch that was cut are dropped: it is trained again")
 
-    def planned(self, policy: str) -> list[float]:
-        """The activation rates that a policy aims at, epoch by epoch."""
+    def planned(self) -> list[float]:
+        """The activation rates that AST aims at, epoch by epoch."""
         schedule = Schedule.of(self.config, self.config.epochs)
-        rates = [schedule.rate(epoch, self.config.target_activation) for epoch in range(schedule.epochs)]
-        return [1.0] * {"full": len(rates), "short": max(1, round(sum(rates)))}.get(policy, 0) or rates
+        return [schedule.rate(epoch, self.config.target_activation) for epoch in range(schedule.epochs)]
+
+    def ahead(self, policy: str) -> tuple[int, float]:
+        """Epochs of a policy, and their cost in epochs of everything at full resolution."""
+        config, rates = rival(policy, self.config, [], self.planned())
+        if config.gate == "full":
+            rates = [1.0] * config.epochs
+        return config.epochs, work(config, rates or self.planned())
 
     def make_trainer(self, policy: str, seed: int) -> AdaptiveSparseTrainer:
         """A trainer for a policy, as it stands before its first epoch."""
@@ -3563,7 +3646,7 @@ class Run:
         model = build_model(self.settings, self.data)
         optimizer, criterion = recipe(self.settings, model)
         ast = [run["epochs"] for run in self.finished if (run["policy"], run["seed"]) == ("ast", seed)]
-        config, rates = rival(policy, self.config, ast[0] if ast else [], self.planned("ast"))
+        config, rates = rival(policy, self.config, ast[0] if ast else [], self.planned())
         return AdaptiveSparseTrainer(
             model,
             *sources(self.settings, self.data, torch.device(config.device)),
@@ -3638,7 +3721,7 @@ class Run:
 METRICS = (
     "policy seed epoch phase train_loss val_accuracy target_activation activation_rate mean_activation "
     "threshold controller candidates activated seconds elapsed_seconds data_wait_percent learning_rate "
-    "significance_quantiles"
+    "significance_quantiles resolution"
 ).split()
 CHANGES = ("time", "candidates", "control", "old", "new", "set_at", "applied_at")
 
@@ -3771,6 +3854,8 @@ MEASURED = {  # of the first policy and the one beside it: which, what of it, ho
     "accuracy_minus_full": ("full", "final_accuracy", lambda a, b: a - b),
     "accuracy_minus_random": ("random", "final_accuracy", lambda a, b: a - b),
     "accuracy_minus_short": ("short", "final_accuracy", lambda a, b: a - b),
+    "accuracy_minus_dense": ("dense", "final_accuracy", lambda a, b: a - b),
+    "accuracy_minus_dense-short": ("dense-short", "final_accuracy", lambda a, b: a - b),
 }
 
 
@@ -3803,18 +3888,22 @@ def describe(data: ImageData) -> str:
 
 def table_of(policies: dict[str, dict]) -> list[str]:
     """Every policy side by side, a line each."""
-    lines = ["policy   accuracy  activated   training     total   TFLOPs  unit energy   joules"]
+    lines = ["policy      accuracy activated   training     total  TFLOPs unit energy   joules"]
     for name, p in policies.items():
         joules = "-" if p["joules"] is None else f"{p['joules']:.0f}"
         accuracy = "-" if p["final_accuracy"] is None else f"{p['final_accuracy']:.2f} %"
         lines.append(
-            f"{name:<7} {accuracy:>9} {100 * p['activation_rate']:>8.1f} % {p['train_seconds']:>8.1f} s "
-            f"{p['total_seconds']:>7.1f} s {p['flops'] / 1e12:>8.1f} {p['unit_energy']:>12.3g} {joules:>8}"
+            f"{name:<11} {accuracy:>8} {100 * p['activation_rate']:>7.1f} % {p['train_seconds']:>8.1f} s "
+            f"{p['total_seconds']:>7.1f} s {p['flops'] / 1e12:>7.1f} {p['unit_energy']:>11.3g} {joules:>8}"
         )
     return lines
 
 
 RIVALS = {"random": "random selection of as many samples", "short": "plain training of as few epochs"}
+RIVALS |= {
+    "dense": "every sample at its pixels",
+    "dense-short": "as few epochs of every sample at its pixels",
+}
 
 
 def saving(summary: dict) -> list[str]:
@@ -3830,6 +3919,11 @@ def saving(summary: dict) -> list[str]:
     what, saved = ("FLOPs", flops) if summary["clock"] else ("time", time)
     lines = [f"{first} saved {saved:.1f} % of full training's {what}, at {points:+.2f} points of accuracy"]
     lines.append(f"  it trained on {fewer:.1f} % fewer samples")
+    each = [sum(p["phases"][phase]["flops"] for phase in STEPS) / p["activated"] for p in (mine, full)]
+    if each[0] != each[1]:
+        lines.append(
+            f"  and spent {100 * (1 - each[0] / each[1]):.1f} % less on each, which had fewer pixels"
+        )
     if summary["clock"]:
         lines.append(f"  no time is quoted, as {summary['clock']}")
     else:
@@ -4038,10 +4132,17 @@ def settings_for_run(settings: ASTConfig, arguments: Iterable[str] = ()) -> ASTC
 
 
 def fitted(settings: ASTConfig, data: ImageData) -> ASTConfig:
-    """The settings with the device's batch size, or a smaller one that leaves 20 steps an epoch."""
+    """The settings with the device's batch size, or a smaller one that leaves 20 steps an epoch, and the
+    resolution that suits the model. Raises BadInput."""
     usual = default_recipe(torch.device(settings.device), None)["batch_size"]
     size = max(2, min(usual, len(data.train_labels) // 20))
-    return replace(settings, batch_size=settings.batch_size or size)
+    scratch = getattr(settings, "weights", "none") == "none"  # few pixels hurt weights that saw many
+    small = settings.resolution == "progressive" or (settings.resolution == "auto" and scratch)
+    resolution = "progressive" if small and takes_small_views(settings) else "full"
+    if settings.resolution == "progressive" != resolution:
+        found = f"{settings.model}, whose views have one size"
+        raise BadInput(f"--resolution progressive: expected full for {found}; or choose another --model")
+    return replace(settings, batch_size=settings.batch_size or size, resolution=resolution)
 
 
 def settings_of_run(settings: ASTConfig) -> ASTConfig:
@@ -4192,6 +4293,7 @@ def main() -> int:
 # %% Histories tags=["shared", "fold"]
 # @title Histories
 COLOURS = {"ast": "#d55e00", "full": "#666666", "random": "#0072b2", "short": "#cc79a7"}
+COLOURS |= {"dense": "#009e73", "dense-short": "#56b4e9"}
 COLOURS |= {"solve and PI": "#d55e00", "PI alone": "#0072b2"}  # in the controller's lesson
 STYLE = {"font.size": 8.5, "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.xmargin": 0}
 STYLE |= {"axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True}
@@ -4248,9 +4350,9 @@ class History:
         more |= {"target": data["rate"], "threshold": theta}
         more["epochs"] = self.row.get("epoch", 0) + data["candidates"] / data["n"]
         now = self.after(data["offered"], data["activated"], **more)
-        if each := 1e-12 * data["flops_per_sample"].get("training", 0):
-            now["flops"] = each * now["activated"] + 1e-12 * data["scoring_flops"]
-            now["flops_of_all"] = each * now["candidates"]
+        if each := data["flops_per_sample"].get("training", 0):
+            now["flops"] = 1e-12 * (data["flops"] + each * (now["activated"] - data["trained"]))
+            now["flops_of_all"] = 1e-12 * each * now["candidates"]
         self.now, offered = now, now["candidates"] - before["candidates"]
         if data["rate"] != before["target"] or offered >= self.epochs * data["n"] / POINTS:
             self.points.append(now)
@@ -4724,6 +4826,7 @@ def show_significance(
     model = build_model(settings, few)
     optimizer, criterion = recipe(settings, model)
     config = replace(ASTConfig.of(settings), gate="remembered", ramp_epochs=0, anneal_epochs=0)
+    config.resolution = "full"
     train, val = sources(settings, few, torch.device(settings.device))
     trainer = AdaptiveSparseTrainer(model, train, val, config, optimizer, criterion)
     trainer.controls.deadline = time.monotonic() + seconds
