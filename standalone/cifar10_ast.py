@@ -1896,16 +1896,18 @@ def read_official(root: Path, settings: Settings, say: Callable[[str], None]) ->
 #
 # Folders of images come in many forms: `train/<class>/` with `val/`, `valid/` or `test/`; one folder a class
 # and no validation images; Kaggle's `ambityga/imagenet100` in parts, `train.X1` to `train.X4`, of 25 classes
-# each. All of it may lie some folders deeper than you think, or in a `.zip`. One listing reads it where it
-# lies, and tells what it leaves out.
+# each. Competitions let images lie flat and name their classes in `train.csv`. All of it may lie some folders
+# deeper than you think, or in a `.zip`. One listing reads it where it lies, and tells what it leaves out.
 
 # %% Layouts tags=["shared", "fold"]
 # @title Layouts
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 SUFFIXES = {suffix: form for suffix, form in Image.registered_extensions().items() if form in FORMATS}
 LARGEST_FILE = 64 << 20  # bytes
-SPLIT = r"(train|training|val|valid|validation|test|testing)(?:\.X[^/]*)?/"
+SPLIT = r"(train|training|val|valid|validation|test|testing)(?:\.X[^/]*|_images)?/"
 LAYOUT = re.compile(rf"((?:[^/]+/)*?)(?:{SPLIT})+([^/]+)/.*", re.IGNORECASE)  # folder, split, class
+TABLE = re.compile(r"(?:^|[/\\])(train|labels|val|valid|validation|test)\.csv$", re.IGNORECASE)
+CLASS = re.compile("label|class|categor|target|species|breed", re.IGNORECASE)  # names of a column of classes
 
 
 def names_in(root: Path) -> list[str]:
@@ -1976,14 +1978,62 @@ def find_classes(path: Path, images: dict[str, list], others: dict[str, list]) -
             ranked[0, depth].append((folder, train, val))
         elif len(many) > 1 and not all(re.fullmatch(SPLIT, f"{label}/", re.IGNORECASE) for label in many):
             ranked[0 if train else 1, depth].append((folder, many, {}))
+    train, val = ({}, {}) if ranked else read_tables(path, images, others)
+    if len(train) > 1:
+        return train, val
     tops = ranked[min(ranked, default=0)]
     if len(tops) != 1:
         found = ", ".join(top[0] for top in tops) or left_out(images, others, set()) or "no files"
         raise BadInput(
             f"--data {path}: expected one set of two or more classes, train/<class>/ with val/<class>/ or "
-            f"test/<class>/, or a folder for each; found {printable(found)}; name the folder of one set"
+            f"test/<class>/, or a folder for each, or train.csv of files and their label; found "
+            f"{printable(found)}; name the folder of one set"
         )
     return tops[0][1:]
+
+
+def read_tables(path: Path, images: dict[str, list], others: dict[str, list]) -> tuple[dict, dict]:
+    """As `find_classes`, of the topmost train.csv or labels.csv, and a val.csv or test.csv beside it."""
+    root = opened(path)
+    for folder in sorted(others, key=lambda folder: folder.count("/")):
+        tables = {match[1][:2].lower(): name for name in others[folder] if (match := TABLE.search(name))}
+        if main := tables.get("tr") or tables.get("la"):
+            train = read_table(root, main, images)
+            val = [read_table(root, tables[split], images) for split in ("va", "te") if split in tables]
+            others[folder] = [name for name in others[folder] if name not in tables.values()]
+            for classes in val:
+                if classes.keys() == train.keys():
+                    return train, classes
+            return {label: files for label, files in train.items() if len(files) > 1}, {}
+    return {}, {}
+
+
+def read_table(root: Path | zipfile.ZipFile, table: str, images: dict[str, list]) -> dict[str, list[str]]:
+    """{class: files} of a .csv; {} where no column names images, or none is known to hold classes."""
+    text = read_file(root, table).decode("utf-8-sig", "backslashreplace")
+    lines = [[cell.strip() for cell in line] for line in csv.reader(io.StringIO(text, newline="")) if line]
+    if not lines:
+        return {}
+    head, rows = lines[0], [line for line in lines[1:] if len(line) == len(lines[0])]
+    home, split = re.fullmatch(r"(.*/)?(.*)\.csv", table.replace("\\", "/"), re.IGNORECASE).groups("")
+    known, classes = {}, defaultdict(list)
+    for name in itertools.chain(*images.values()):
+        plain = name.replace("\\", "/")
+        known |= {os.path.splitext(plain)[0]: name, plain: name}
+    folders = "", f"{split}/", f"{split}_images/", "images/", "train/", "train_images/"
+    columns = itertools.product(range(len(head)), [home + folder for folder in folders])
+    column, place = max(columns, key=lambda at: sum(at[1] + row[at[0]] in known for row in rows))
+    label = class_column([name for name in head if name != head[column]])
+    for row in rows if label else ():
+        file, value = known.pop(place + row[column], None), row[head.index(label)]
+        if file and value:
+            classes[value].append(file)
+    return classes
+
+
+def class_column(names: list[str]) -> str | None:
+    """Which column holds classes: by its name, or the only one."""
+    return next(filter(CLASS.search, names), names[0] if len(names) == 1 else None)
 
 
 def divide(classes: dict[str, list[str]], fraction: float) -> dict[str, dict[str, list[str]]]:
@@ -2011,6 +2061,11 @@ def left_out(images: dict[str, list], others: dict[str, list], used: set[str]) -
 def printable(text: str) -> str:
     """A name from a disk, with escapes for bytes that are no text."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def opened(path: Path) -> Path | zipfile.ZipFile:
+    """What `read_file` reads from."""
+    return zipfile.ZipFile(path) if path.is_file() else path
 
 
 def read_file(root: Path | zipfile.ZipFile, name: str) -> bytes:
@@ -2056,7 +2111,7 @@ def decode(raw: bytes) -> np.ndarray:
 def decode_all(path: Path, names: list[str]) -> tuple[np.ndarray, dict[int, str]]:
     """Decode files of a folder or .zip, in threads: uint8 [N, 32, 32, 3], and {index: why it is lost}."""
     images, lost = np.zeros((len(names), IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8), {}
-    root = zipfile.ZipFile(path) if path.is_file() else path
+    root = opened(path)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of broken EXIF and its like
 
     def work(index: int) -> None:
@@ -2220,7 +2275,8 @@ SPLITS = ("train", "val", "test")
 KAGGLE_INPUT = Path("/kaggle/input")  # holds <slug>/ and datasets/<owner>/<slug>/
 SEARCH_FOLDERS = 1000  # looked into, and names read in each: inputs may be millions of files on a slow disk
 DAMAGE = (OSError, EOFError, ValueError, RuntimeError, MemoryError, LookupError, SyntaxError, TypeError)
-DAMAGE += (struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile, Image.DecompressionBombError)
+DAMAGE += (struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile, csv.Error)
+DAMAGE += (Image.DecompressionBombError,)
 
 
 def one_line(error: Exception) -> str:
