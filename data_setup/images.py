@@ -103,10 +103,7 @@ def find_classes(path: Path, images: Folders, others: Folders) -> tuple[Classes,
             ranked[0, depth].append((folder, train, val))
         elif len(many) > 1 and not all(re.fullmatch(SPLIT, f"{label}/", re.I) for label in many):
             ranked[0 if train else 1, depth].append((folder, many, {}))
-    train, val = ({}, {}) if ranked else read_tables(path, images, others)
-    if len(train) > 1:
-        return train, val
-    tops = ranked[min(ranked, default=0)]
+    tops = ranked[min(ranked)] if ranked else read_tables(path, images, others)
     if len(tops) != 1:
         found = ", ".join(top[0] for top in tops) or left_out(images, others, set()) or "no files"
         raise BadInput(
@@ -117,19 +114,18 @@ def find_classes(path: Path, images: Folders, others: Folders) -> tuple[Classes,
     return tops[0][1:]
 
 
-def read_tables(path: Path, images: Folders, others: Folders) -> tuple[Classes, Classes]:
-    """As `find_classes`, of the topmost train.csv or labels.csv, and a val.csv or test.csv beside it."""
+def read_tables(path: Path, images: Folders, others: Folders) -> list[tuple]:
+    """[(folder, train, val)] of the topmost train.csv, or labels.csv, and val.csv or test.csv; [] if none."""
     for folder in sorted(others, key=lambda folder: folder.count("/")):
         tables = {match[1][:2].lower(): name for name in others[folder] if (match := TABLE.search(name))}
-        if main := tables.get("tr") or tables.get("la"):
-            train = read_table(path, main, images)
-            val = [read_table(path, tables[split], images) for split in ("va", "te") if split in tables]
+        found = {split: read_table(path, name, images) for split, name in tables.items()}
+        train = found.get("tr", found.get("la", {}))
+        val = next((found[s] for s in ("va", "te") if s in found and found[s].keys() == train.keys()), {})
+        train = {label: files for label, files in train.items() if val or len(files) > 1}
+        if len(train) > 1:
             others[folder] = [name for name in others[folder] if name not in tables.values()]
-            for classes in val:
-                if classes.keys() == train.keys():
-                    return train, classes
-            return {label: files for label, files in train.items() if len(files) > 1}, {}
-    return {}, {}
+            return [(folder, train, val)]
+    return []
 
 
 def read_table(path: Path, table: str, images: Folders) -> Classes:
@@ -137,17 +133,13 @@ def read_table(path: Path, table: str, images: Folders) -> Classes:
     raw = (path / table).read_bytes() if path.is_dir() else zipfile.ZipFile(path).read(table)
     text = io.StringIO(raw.decode("utf-8-sig", "backslashreplace"), newline="")
     try:
-        lines = [[cell.strip() for cell in line] for line in csv.reader(text) if line]
+        lines = [[cell.strip() for cell in line] for line in csv.reader(text) if line] or [[""]]
     except csv.Error as error:
         raise BadInput(f"{path / table}: {one_line(error)}; expected a table; mend a copy") from error
-    if not lines:
-        return {}
     head, rows = lines[0], [line for line in lines[1:] if len(line) == len(lines[0])]
-    home, split = re.fullmatch(r"(.*/)?(.*)\.csv", table.replace("\\", "/"), re.I).groups("")
-    known, classes = {}, defaultdict(list)
-    for name in itertools.chain(*images.values()):
-        plain = name.replace("\\", "/")
-        known |= {os.path.splitext(plain)[0]: name, plain: name}
+    home, split = re.fullmatch("(.*/)?(.*)", table[:-4].replace("\\", "/")).groups("")
+    names = {name.replace("\\", "/"): name for files in images.values() for name in files}
+    known, classes = {os.path.splitext(name)[0]: names[name] for name in names} | names, defaultdict(list)
     folders = "", f"{split}/", f"{split}_images/", "images/", "train/", "train_images/"
     columns = itertools.product(range(len(head)), [home + folder for folder in folders])
     column, place = max(columns, key=lambda at: sum(at[1] + row[at[0]] in known for row in rows))

@@ -254,7 +254,7 @@ class Settings(ASTConfig):
     """All settings of this program, flat: the method's, and these."""
 
     data: str = option(
-        "auto", "", "auto, cifar10, shapes, or a PATH: image folder, .zip, or CIFAR-10's .tar.gz"
+        "auto", "", "auto, cifar10, shapes, a PATH, kaggle:OWNER/NAME or hf:NAME (public: no login)"
     )
     data_dir: str | None = option(None, "", "folder for downloads, searched first; the platform decides")
     train_size: int = option(0, "[0, inf)", "training samples, drawn evenly from the classes; 0 takes all")
@@ -1910,8 +1910,10 @@ TABLE = re.compile(r"(?:^|[/\\])(train|labels|val|valid|validation|test)\.csv$",
 CLASS = re.compile("label|class|categor|target|species|breed", re.IGNORECASE)  # names of a column of classes
 
 
-def names_in(root: Path) -> list[str]:
+def names_in(root: Path | Rows) -> list[str]:
     """The files below `root`, a folder or a .zip, sorted; links are followed. Raises one of DAMAGE."""
+    if isinstance(root, Rows):
+        return root.names
     names, faults, above = [], [], {str(root): ()}
     if not root.is_dir():
         with zipfile.ZipFile(root) as archive:
@@ -1978,10 +1980,7 @@ def find_classes(path: Path, images: dict[str, list], others: dict[str, list]) -
             ranked[0, depth].append((folder, train, val))
         elif len(many) > 1 and not all(re.fullmatch(SPLIT, f"{label}/", re.IGNORECASE) for label in many):
             ranked[0 if train else 1, depth].append((folder, many, {}))
-    train, val = ({}, {}) if ranked else read_tables(path, images, others)
-    if len(train) > 1:
-        return train, val
-    tops = ranked[min(ranked, default=0)]
+    tops = ranked[min(ranked)] if ranked else read_tables(path, images, others)
     if len(tops) != 1:
         found = ", ".join(top[0] for top in tops) or left_out(images, others, set()) or "no files"
         raise BadInput(
@@ -1992,34 +1991,28 @@ def find_classes(path: Path, images: dict[str, list], others: dict[str, list]) -
     return tops[0][1:]
 
 
-def read_tables(path: Path, images: dict[str, list], others: dict[str, list]) -> tuple[dict, dict]:
-    """As `find_classes`, of the topmost train.csv or labels.csv, and a val.csv or test.csv beside it."""
-    root = opened(path)
+def read_tables(path: Path, images: dict[str, list], others: dict[str, list]) -> list[tuple]:
+    """[(folder, train, val)] of the topmost train.csv, or labels.csv, and val.csv or test.csv; [] if none."""
     for folder in sorted(others, key=lambda folder: folder.count("/")):
         tables = {match[1][:2].lower(): name for name in others[folder] if (match := TABLE.search(name))}
-        if main := tables.get("tr") or tables.get("la"):
-            train = read_table(root, main, images)
-            val = [read_table(root, tables[split], images) for split in ("va", "te") if split in tables]
+        found = {split: read_table(opened(path), name, images) for split, name in tables.items()}
+        train = found.get("tr", found.get("la", {}))
+        val = next((found[s] for s in ("va", "te") if s in found and found[s].keys() == train.keys()), {})
+        train = {label: files for label, files in train.items() if val or len(files) > 1}
+        if len(train) > 1:
             others[folder] = [name for name in others[folder] if name not in tables.values()]
-            for classes in val:
-                if classes.keys() == train.keys():
-                    return train, classes
-            return {label: files for label, files in train.items() if len(files) > 1}, {}
-    return {}, {}
+            return [(folder, train, val)]
+    return []
 
 
 def read_table(root: Path | zipfile.ZipFile, table: str, images: dict[str, list]) -> dict[str, list[str]]:
     """{class: files} of a .csv; {} where no column names images, or none is known to hold classes."""
-    text = read_file(root, table).decode("utf-8-sig", "backslashreplace")
-    lines = [[cell.strip() for cell in line] for line in csv.reader(io.StringIO(text, newline="")) if line]
-    if not lines:
-        return {}
+    text = io.StringIO(read_file(root, table).decode("utf-8-sig", "backslashreplace"), newline="")
+    lines = [[cell.strip() for cell in line] for line in csv.reader(text) if line] or [[""]]
     head, rows = lines[0], [line for line in lines[1:] if len(line) == len(lines[0])]
-    home, split = re.fullmatch(r"(.*/)?(.*)\.csv", table.replace("\\", "/"), re.IGNORECASE).groups("")
-    known, classes = {}, defaultdict(list)
-    for name in itertools.chain(*images.values()):
-        plain = name.replace("\\", "/")
-        known |= {os.path.splitext(plain)[0]: name, plain: name}
+    home, split = re.fullmatch("(.*/)?(.*)", table[:-4].replace("\\", "/")).groups("")
+    names = {name.replace("\\", "/"): name for files in images.values() for name in files}
+    known, classes = {os.path.splitext(name)[0]: names[name] for name in names} | names, defaultdict(list)
     folders = "", f"{split}/", f"{split}_images/", "images/", "train/", "train_images/"
     columns = itertools.product(range(len(head)), [home + folder for folder in folders])
     column, place = max(columns, key=lambda at: sum(at[1] + row[at[0]] in known for row in rows))
@@ -2063,14 +2056,14 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def opened(path: Path) -> Path | zipfile.ZipFile:
+def opened(path: Path | Rows) -> Path | Rows | zipfile.ZipFile:
     """What `read_file` reads from."""
-    return zipfile.ZipFile(path) if path.is_file() else path
+    return zipfile.ZipFile(path) if isinstance(path, Path) and path.is_file() else path
 
 
-def read_file(root: Path | zipfile.ZipFile, name: str) -> bytes:
+def read_file(root: Path | Rows | zipfile.ZipFile, name: str) -> bytes:
     """A file's bytes. What is damaged, missing or too large may raise anything."""
-    with root.open(name) if isinstance(root, zipfile.ZipFile) else (root / name).open("rb") as file:
+    with (root / name).open("rb") if isinstance(root, Path) else root.open(name) as file:
         raw = file.read(LARGEST_FILE + 1)
     if len(raw) > LARGEST_FILE:
         raise ValueError(f"more than {LARGEST_FILE:,} bytes")
@@ -2088,6 +2081,63 @@ def open_image(raw: bytes) -> Image.Image:
         bits = max(0 if image.mode == "F" else 8, math.ceil(math.log2(values.max() or 1)))
         image = Image.fromarray((values * (255 / 2.0**bits)).astype(np.uint8))
     return image
+
+
+# %% Public sets [markdown] tags=["shared"]
+# ### Public sets
+#
+# Two libraries fetch public data: `kagglehub` gives a folder, and `datasets` a table of files, of which only
+# the rows that are asked for are read. Both keep what they fetched, for when there is no network.
+
+# %% Public sets tags=["shared", "fold"]
+# @title Public sets
+FETCHERS = {"kaggle": ("kagglehub", "dataset_download"), "hf": ("datasets", "load_dataset")}
+
+
+def fetch(data: str) -> Path | Rows | None:
+    """What "kaggle:OWNER/NAME" or "hf:NAME" is, or "hf:" and a folder; None for others. Raises BadInput."""
+    kind, _, name = data.partition(":")
+    if kind not in FETCHERS:
+        return None
+    package, function = FETCHERS[kind]
+    try:
+        found = getattr(importlib.import_module(package), function)(name)
+        return Path(found) if kind == "kaggle" else Rows(data, found)
+    except Exception as error:  # a library may raise anything
+        raise BadInput(
+            f"--data {data}: {one_line(error)}; expected the package {package}, a network, and a set of "
+            f"labelled images, public or yours by login; mend that, or name a folder of the images"
+        ) from error
+
+
+class Rows:
+    """The pictures of a set of `datasets`, named as if in class folders: <split>/<class>/<row>.png."""
+
+    def __init__(self, name: str, parts: dict[str, Any]):
+        """parts: {split: dataset}. Raises ValueError where no column has pictures, or none is their class."""
+        self.name, self.stem, self.names, self.parts = name, name.rpartition("/")[2], [], {}
+        for split, part in parts.items():
+            kinds = {type(kind).__name__: column for column, kind in reversed(part.features.items())}
+            image = kinds.get("Image")
+            label = kinds.get("ClassLabel") or class_column([c for c in part.features if c != image])
+            if not image or not label:
+                raise ValueError(f"columns {', '.join(part.features)}")
+            plain = part.cast_column(image, type(part.features[image])(decode=False))
+            self.parts[split] = plain.select_columns(image)
+            titles = getattr(part.features[label], "names", None)
+            for row, value in enumerate(part[label][:]):
+                if value not in (None, -1):  # -1 is what tests have instead of a class
+                    title = re.sub(r"[/\\]", "_", str(titles[value] if titles else value))
+                    self.names.append(f"{split}/{title}/{row}.png")
+
+    def __str__(self) -> str:
+        return self.name
+
+    def open(self, name: str) -> BinaryIO:
+        """The file of a row."""
+        split, _, row = name.removesuffix(".png").split("/")
+        (file,) = self.parts[split][int(row)].values()
+        return io.BytesIO(file["bytes"]) if file["bytes"] else Path(file["path"]).open("rb")
 
 
 # %% Folders of images [markdown]
@@ -2108,7 +2158,7 @@ def decode(raw: bytes) -> np.ndarray:
     return np.asarray(ImageOps.fit(image.convert("RGB"), (IMAGE_SIZE, IMAGE_SIZE)))
 
 
-def decode_all(path: Path, names: list[str]) -> tuple[np.ndarray, dict[int, str]]:
+def decode_all(path: Path | Rows, names: list[str]) -> tuple[np.ndarray, dict[int, str]]:
     """Decode files of a folder or .zip, in threads: uint8 [N, 32, 32, 3], and {index: why it is lost}."""
     images, lost = np.zeros((len(names), IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8), {}
     root = opened(path)
@@ -2126,8 +2176,8 @@ def decode_all(path: Path, names: list[str]) -> tuple[np.ndarray, dict[int, str]
     return images, dict(sorted(lost.items()))
 
 
-def read_images(path: Path, settings: Settings, say: Callable[[str], None]) -> ImageData:
-    """Read class folders, or a .zip of them.
+def read_images(path: Path | Rows, settings: Settings, say: Callable[[str], None]) -> ImageData:
+    """Read class folders, or a .zip or a table of them.
 
     Raises BadInput where a class has no image in a split, or over 1 % cannot be decoded.
     """
@@ -2164,11 +2214,13 @@ PROBE_SECONDS = 3.0
 STALL_SECONDS = 20.0  # of silence, which end a download
 
 
-def recognise(path: Path, standard: bool) -> tuple[Callable, Path] | None:
+def recognise(path: Path | Rows, standard: bool) -> tuple[Callable, Path | Rows] | None:
     """How the data at `path` are read, and from where; None where it is no CIFAR-10, or no whole one.
 
     `standard` takes CIFAR-10 only, told by its md5 or by its classes. Raises one of DAMAGE.
     """
+    if isinstance(path, Rows):
+        return read_images, path
     root = path.parent if path.name in (CIFAR10.base_folder, CIFAR10.filename) else path
     batches, archive = root / CIFAR10.base_folder, root / CIFAR10.filename
     whole = all(check_integrity(batches / name, md5) for name, md5 in CIFAR10.train_list + CIFAR10.test_list)
@@ -2208,7 +2260,7 @@ def load_data(settings: Settings, say: Callable[[str], None]) -> ImageData:
         return drawn(settings.train_size)
     settings = settings if settings.data_dir else fill_defaults(settings)
     path, folder = (Path(os.path.abspath(os.path.expanduser(n))) for n in (settings.data, settings.data_dir))
-    standard = settings.data in ("auto", "cifar10")
+    path, standard = fetch(settings.data) or path, settings.data in ("auto", "cifar10")
     places = [folder, KAGGLE_INPUT] if standard else [path]
     answers = (search(place, lambda place: recognise(place, True), "cifar") for place in places)
     found = next(filter(None, answers), None) if standard else recognise(path, False)

@@ -212,7 +212,8 @@ def test_class_folders_win_over_a_table(readers, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "\n", "file\n1.jpg\n", f"file,label\n{ROWS.replace('jpg', 'gif')}",
-                                  f"file,a,b\n{ROWS.replace(',', ',0,')}", "a,b\n1.jpg,cat\n2.jpg,cat\n",
+                                  f"file,a,b\n{ROWS.replace(',', ',0,')}",
+                                  "a,b\n1.jpg,x\n2.jpg,x\n", "a,b\n1.jpg,x\n2.jpg,y\n",
                                   f"file,label\n{ROWS}\"{'x' * 140_000}"])  # fmt: skip
 def test_a_table_that_names_no_images_or_no_classes_is_refused(readers, cifar, imagenet, tmp_path, text):
     path, errors = write(tmp_path / "images", FLAT), (cifar.BadInput, imagenet.BadInput, data_setup.BadInput)
