@@ -114,6 +114,7 @@ import sys
 import textwrap
 import threading
 import time
+import urllib.request
 import warnings
 import zipfile
 import zlib
@@ -2071,6 +2072,9 @@ def open_image(raw: bytes) -> Image.Image:
 # %% Public sets tags=["shared", "fold"]
 # @title Public sets
 FETCHERS = {"kaggle": ("kagglehub", "dataset_download"), "hf": ("datasets", "load_dataset")}
+HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+PROBE_SECONDS = 3.0
+STALL_SECONDS = 20.0  # of silence, which end a download
 
 
 def fetch(data: str) -> Path | Rows | None:
@@ -2079,14 +2083,40 @@ def fetch(data: str) -> Path | Rows | None:
     if kind not in FETCHERS:
         return None
     package, function = FETCHERS[kind]
+    if kind == "hf" and not Path(name).exists() and not answers(HUB):
+        os.environ["HF_HUB_OFFLINE"] = "1"  # or `datasets` tries for half a minute, and then reads its store
     try:
-        found = getattr(importlib.import_module(package), function)(name)
+        found = awaited(lambda: getattr(importlib.import_module(package), function)(name))
         return Path(found) if kind == "kaggle" else Rows(data, found)
     except Exception as error:  # a library may raise anything
         raise BadInput(
-            f"--data {data}: {one_line(error)}; expected the package {package}, a network, and a set of "
-            f"labelled images, public or yours by login; mend that, or name a folder of the images"
+            f"--data {data}: {one_line(error)}; expected the package {package} (pip install it), a network, and "
+            f"a set of labelled images, public or yours by login; mend that, or name a folder of the images"
         ) from error
+
+
+def answers(address: str) -> bool:
+    """Whether a server answers within PROBE_SECONDS."""
+    probe = Worker(functools.partial(urllib.request.urlopen, address, timeout=PROBE_SECONDS))
+    probe.name = "probe"
+    probe.join(PROBE_SECONDS)
+    return not probe.is_alive() and not probe.outcome.exception()
+
+
+def awaited(call: Callable[[], Any]) -> Any:
+    """call()'s result, from a thread, so that signals act meanwhile.
+
+    Raises TimeoutError where no bar of tqdm moves, and the CPU rests, for STALL_SECONDS.
+    """
+    worker, before = Worker(call), math.inf
+    worker.name = "fetch"
+    while worker.is_alive():
+        worker.join(STALL_SECONDS)
+        now = sum(bar.n for bar in list(tqdm._instances)) + 5 * time.process_time()
+        if worker.is_alive() and abs(now - before) < 1:
+            raise TimeoutError(f"nothing came for {STALL_SECONDS:g} s")
+        before = now
+    return worker.result()
 
 
 class Rows:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
 import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import torch
 from conftest import write_images
 from PIL import Image
+from tqdm import tqdm
 
 datasets = importlib.import_module("datasets")
 ClassLabel, Value, Picture = datasets.ClassLabel, datasets.Value, datasets.Image
@@ -45,6 +48,19 @@ def table(path, *, kind=NAMES, label="label", broken=(), **splits):
         part = datasets.Dataset.from_dict(columns, features=features)
         part.to_parquet(path / f"{split}-00000-of-00001.parquet")
     return path
+
+
+@pytest.fixture(autouse=True)
+def no_outside(program_modules, monkeypatch):
+    """No test reaches the network, or leaves word of that behind."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    for module in program_modules:
+        monkeypatch.setattr(module, "HUB", "http://127.0.0.1:9")  # where nothing listens
+
+
+@pytest.fixture
+def program_modules(cifar, imagenet):
+    return cifar, imagenet
 
 
 @pytest.fixture
@@ -146,3 +162,34 @@ def test_a_table_without_pictures_or_classes_names_its_columns(program, tmp_path
         part.to_parquet(path / "train-00000-of-00001.parquet")
     with pytest.raises(program.BadInput, match=r"columns (picture, )?width, words; expected"):
         load(program, f"hf:{path}", tmp_path)
+
+
+def test_without_a_network_the_library_is_told_to_read_its_store(program, tmp_path, monkeypatch):
+    seen = []
+    stand_in = SimpleNamespace(load_dataset=lambda name: seen.append(os.environ["HF_HUB_OFFLINE"]) or {})
+    monkeypatch.setitem(sys.modules, "datasets", stand_in)
+    with pytest.raises(program.BadInput):  # a set without rows
+        load(program, "hf:a/b", tmp_path)
+    assert seen == ["1"]
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_a_fetch_that_stalls_is_ended_and_one_that_moves_is_awaited(program, tmp_path, monkeypatch, moves):
+    folder, release = write_images(tmp_path / "set"), threading.Event()
+
+    def download(name):
+        bar = tqdm(total=9, disable=False, file=io.StringIO())
+        for _ in range(9):
+            release.wait(0.2 if moves else 60)
+            bar.update(2)
+        bar.close()
+        return str(folder)
+
+    monkeypatch.setitem(sys.modules, "kagglehub", SimpleNamespace(dataset_download=download))
+    monkeypatch.setattr(program, "STALL_SECONDS", 0.5)
+    if moves:
+        assert load(program, "kaggle:a/b", tmp_path)[0].source == str(folder)
+    else:
+        with pytest.raises(program.BadInput, match=r"nothing came for 0\.5 s; expected"):
+            load(program, "kaggle:a/b", tmp_path)
+    release.set()
