@@ -2090,8 +2090,8 @@ def fetch(data: str) -> Path | Rows | None:
         return Path(found) if kind == "kaggle" else Rows(data, found)
     except Exception as error:  # a library may raise anything
         raise BadInput(
-            f"--data {data}: {one_line(error)}; expected the package {package} (pip install it), a network, and "
-            f"a set of labelled images, public or yours by login; mend that, or name a folder of the images"
+            f"--data {data}: {one_line(error)}; expected the package {package} (pip install it), a network, "
+            f"and a set of labelled images, public or yours by login; mend that, or name a folder of images"
         ) from error
 
 

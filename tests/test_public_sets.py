@@ -146,9 +146,7 @@ def test_what_cannot_be_had_is_one_sentence_with_the_way_out(
     program, tmp_path, monkeypatch, library, told, data, package
 ):
     monkeypatch.setitem(sys.modules, package, library)
-    with pytest.raises(
-        program.BadInput, match=r"^[^\n]+; mend that, or name a folder of the images$"
-    ) as caught:
+    with pytest.raises(program.BadInput, match=r"^[^\n]+; mend that, or name a folder of images$") as caught:
         load(program, data, tmp_path)
     for word in (f"--data {data}", package, "login", "network", told.replace("kagglehub", package)):
         assert word in str(caught.value)
