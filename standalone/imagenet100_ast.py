@@ -94,6 +94,7 @@ import csv
 import ctypes
 import functools
 import hashlib
+import http.client
 import importlib.util
 import io
 import itertools
@@ -114,11 +115,13 @@ import sys
 import textwrap
 import threading
 import time
+import urllib.request
 import warnings
 import zipfile
 import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import Field, InitVar, asdict, dataclass, field, fields, replace
@@ -273,7 +276,9 @@ PROFILES = {
 class Settings(ASTConfig):
     """All settings of this program, flat: the method's, and these."""
 
-    data: str = option("auto", "", "auto, imagenet100, shapes, or a PATH: folder, .zip or packed .npy")
+    data: str = option(
+        "auto", "", "auto, imagenet100, shapes, a PATH, kaggle:OWNER/NAME or hf:NAME (public: no login)"
+    )
     data_dir: str | None = option(None, "", "searched first, for data and weights; the platform decides")
     train_size: int = option(0, "[0, inf)", "training samples, drawn evenly from the classes; 0 takes all")
     val_fraction: float = option(0.2, "(0, 1)", "share of a single folder of classes kept for validation")
@@ -1987,20 +1992,24 @@ class ImageData:
 #
 # Folders of images come in many forms: `train/<class>/` with `val/`, `valid/` or `test/`; one folder a class
 # and no validation images; Kaggle's `ambityga/imagenet100` in parts, `train.X1` to `train.X4`, of 25 classes
-# each. All of it may lie some folders deeper than you think, or in a `.zip`. One listing reads it where it
-# lies, and tells what it leaves out.
+# each. Competitions let images lie flat and name their classes in `train.csv`. All of it may lie some folders
+# deeper than you think, or in a `.zip`. One listing reads it where it lies, and tells what it leaves out.
 
 # %% Layouts tags=["shared", "fold"]
 # @title Layouts
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 SUFFIXES = {suffix: form for suffix, form in Image.registered_extensions().items() if form in FORMATS}
 LARGEST_FILE = 64 << 20  # bytes
-SPLIT = r"(train|training|val|valid|validation|test|testing)(?:\.X[^/]*)?/"
+SPLIT = r"(train|training|val|valid|validation|test|testing)(?:\.X[^/]*|_images)?/"
 LAYOUT = re.compile(rf"((?:[^/]+/)*?)(?:{SPLIT})+([^/]+)/.*", re.IGNORECASE)  # folder, split, class
+TABLE = re.compile(r"(?:^|[/\\])(train|labels|val|valid|validation|test)\.csv$", re.IGNORECASE)
+CLASS = re.compile("label|class|categor|target|species|breed", re.IGNORECASE)  # names of a column of classes
 
 
-def names_in(root: Path) -> list[str]:
+def names_in(root: Path | Rows) -> list[str]:
     """The files below `root`, a folder or a .zip, sorted; links are followed. Raises one of DAMAGE."""
+    if isinstance(root, Rows):
+        return root.names
     names, faults, above = [], [], {str(root): ()}
     if not root.is_dir():
         with zipfile.ZipFile(root) as archive:
@@ -2067,14 +2076,53 @@ def find_classes(path: Path, images: dict[str, list], others: dict[str, list]) -
             ranked[0, depth].append((folder, train, val))
         elif len(many) > 1 and not all(re.fullmatch(SPLIT, f"{label}/", re.IGNORECASE) for label in many):
             ranked[0 if train else 1, depth].append((folder, many, {}))
-    tops = ranked[min(ranked, default=0)]
+    tops = ranked[min(ranked)] if ranked else read_tables(path, images, others)
     if len(tops) != 1:
         found = ", ".join(top[0] for top in tops) or left_out(images, others, set()) or "no files"
         raise BadInput(
             f"--data {path}: expected one set of two or more classes, train/<class>/ with val/<class>/ or "
-            f"test/<class>/, or a folder for each; found {printable(found)}; name the folder of one set"
+            f"test/<class>/, or a folder for each, or train.csv of files and their label; found "
+            f"{printable(found)}; name the folder of one set"
         )
     return tops[0][1:]
+
+
+def read_tables(path: Path, images: dict[str, list], others: dict[str, list]) -> list[tuple]:
+    """[(folder, train, val)] of the topmost train.csv, or labels.csv, and val.csv or test.csv; [] if none."""
+    for folder in sorted(others, key=lambda folder: folder.count("/")):
+        tables = {match[1][:2].lower(): name for name in others[folder] if (match := TABLE.search(name))}
+        found = {split: read_table(opened(path), name, images) for split, name in tables.items()}
+        train = found.get("tr", found.get("la", {}))
+        val = next((found[s] for s in ("va", "te") if s in found and found[s].keys() == train.keys()), {})
+        train = {label: files for label, files in train.items() if val or len(files) > 1}
+        if len(train) > 1:
+            others[folder] = [name for name in others[folder] if name not in tables.values()]
+            return [(folder, train, val)]
+    return []
+
+
+def read_table(root: Path | zipfile.ZipFile, table: str, images: dict[str, list]) -> dict[str, list[str]]:
+    """{class: files} of a .csv; {} where no column names images, or none is known to hold classes."""
+    text = io.StringIO(read_file(root, table).decode("utf-8-sig", "backslashreplace"), newline="")
+    lines = [[cell.strip() for cell in line] for line in csv.reader(text) if line] or [[""]]
+    head, rows = lines[0], [line for line in lines[1:] if len(line) == len(lines[0])]
+    home, split = re.fullmatch("(.*/)?(.*)", table[:-4].replace("\\", "/")).groups("")
+    names = {name.replace("\\", "/"): name for files in images.values() for name in files}
+    known, classes = {os.path.splitext(name)[0]: names[name] for name in names} | names, defaultdict(list)
+    folders = "", f"{split}/", f"{split}_images/", "images/", "train/", "train_images/"
+    columns = itertools.product(range(len(head)), [home + folder for folder in folders])
+    column, place = max(columns, key=lambda at: sum(at[1] + row[at[0]] in known for row in rows))
+    label = class_column([name for name in head if name != head[column]])
+    for row in rows if label else ():
+        file, value = known.pop(place + row[column], None), row[head.index(label)]
+        if file and value:
+            classes[value].append(file)
+    return classes
+
+
+def class_column(names: list[str]) -> str | None:
+    """Which column holds classes: by its name, or the only one."""
+    return next(filter(CLASS.search, names), names[0] if len(names) == 1 else None)
 
 
 def divide(classes: dict[str, list[str]], fraction: float) -> dict[str, dict[str, list[str]]]:
@@ -2104,9 +2152,14 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def read_file(root: Path | zipfile.ZipFile, name: str) -> bytes:
+def opened(path: Path | Rows) -> Path | Rows | zipfile.ZipFile:
+    """What `read_file` reads from."""
+    return zipfile.ZipFile(path) if isinstance(path, Path) and path.is_file() else path
+
+
+def read_file(root: Path | Rows | zipfile.ZipFile, name: str) -> bytes:
     """A file's bytes. What is damaged, missing or too large may raise anything."""
-    with root.open(name) if isinstance(root, zipfile.ZipFile) else (root / name).open("rb") as file:
+    with (root / name).open("rb") if isinstance(root, Path) else root.open(name) as file:
         raw = file.read(LARGEST_FILE + 1)
     if len(raw) > LARGEST_FILE:
         raise ValueError(f"more than {LARGEST_FILE:,} bytes")
@@ -2124,6 +2177,77 @@ def open_image(raw: bytes) -> Image.Image:
         bits = max(0 if image.mode == "F" else 8, math.ceil(math.log2(values.max() or 1)))
         image = Image.fromarray((values * (255 / 2.0**bits)).astype(np.uint8))
     return image
+
+
+# %% Public sets [markdown] tags=["shared"]
+# ### Public sets
+#
+# Two libraries fetch public data: `kagglehub` gives a folder, and `datasets` a table of files, of which only
+# the rows that are asked for are read. Both keep what they fetched, for when there is no network.
+
+# %% Public sets tags=["shared", "fold"]
+# @title Public sets
+FETCHERS = {"kaggle": ("kagglehub", "dataset_download"), "hf": ("datasets", "load_dataset")}
+HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+PROBE_SECONDS = 3.0
+NETWORK = (OSError, http.client.HTTPException, futures.TimeoutError)
+
+
+def fetch(data: str) -> Path | Rows | None:
+    """What "kaggle:OWNER/NAME" or "hf:NAME" is, or "hf:" and a folder; None for others. Raises BadInput."""
+    kind, _, name = data.partition(":")
+    if kind not in FETCHERS:
+        return None
+    package, function = FETCHERS[kind]
+    if kind == "hf" and not Path(name).exists():
+        try:
+            probe(HUB)
+        except NETWORK:  # or `datasets` tries for half a minute, and then reads its store
+            os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        found = getattr(importlib.import_module(package), function)(name)
+        return Path(found) if kind == "kaggle" else Rows(data, found)
+    except Exception as error:  # a library may raise anything
+        raise BadInput(
+            f"--data {data}: {one_line(error)}; expected the package {package} (pip install it), a network, "
+            f"and a set of labelled images, public or yours by login; mend that, or name a folder of images"
+        ) from error
+
+
+def probe(address: str) -> None:
+    """Raises one of NETWORK unless a server answers within PROBE_SECONDS."""
+    answer = ThreadPoolExecutor(1).submit(urllib.request.urlopen, address, timeout=PROBE_SECONDS)
+    answer.result(PROBE_SECONDS).close()  # in a thread, since nothing else ends a name look-up that hangs
+
+
+class Rows:
+    """The pictures of a set of `datasets`, named as if in class folders: <split>/<class>/<row>.png."""
+
+    def __init__(self, name: str, parts: dict[str, Any]):
+        """parts: {split: dataset}. Raises ValueError where no column has pictures, or none is their class."""
+        self.name, self.stem, self.names, self.parts = name, name.rpartition("/")[2], [], {}
+        for split, part in parts.items():
+            kinds = {type(kind).__name__: column for column, kind in reversed(part.features.items())}
+            image = kinds.get("Image")
+            label = kinds.get("ClassLabel") or class_column([c for c in part.features if c != image])
+            if not image or not label:
+                raise ValueError(f"columns {', '.join(part.features)}")
+            plain = part.cast_column(image, type(part.features[image])(decode=False))
+            self.parts[split] = plain.select_columns(image)
+            titles = getattr(part.features[label], "names", None)
+            for row, value in enumerate(part[label][:]):
+                if value not in (None, -1):  # -1 is what tests have instead of a class
+                    title = re.sub(r"[/\\]", "_", str(titles[value] if titles else value))
+                    self.names.append(f"{split}/{title}/{row}.png")
+
+    def __str__(self) -> str:
+        return self.name
+
+    def open(self, name: str) -> BinaryIO:
+        """The file of a row."""
+        split, _, row = name.removesuffix(".png").split("/")
+        (file,) = self.parts[split][int(row)].values()
+        return io.BytesIO(file["bytes"]) if file["bytes"] else Path(file["path"]).open("rb")
 
 
 # %% Photographs [markdown]
@@ -2179,10 +2303,9 @@ def crop_array(pixels: np.ndarray, side: int, draws: Sequence[float] = ()) -> np
 class Photos:
     """Pictures that are decoded when asked for; indexing gives plain ones to look at."""
 
-    def __init__(self, place: Path | np.ndarray, names: Sequence):
+    def __init__(self, place: Path | Rows | np.ndarray, names: Sequence):
         """place: a folder or a .zip, names: files in it; or an array uint8 [N, H, W, 3] and its rows."""
-        self.place, self.names = place, names
-        self.archive = zipfile.ZipFile(place) if isinstance(place, Path) and place.is_file() else None
+        self.place, self.names, self.root = place, names, opened(place)
         self.kept: dict[tuple[int, int], np.ndarray] = {}
         warnings.filterwarnings("ignore", module=r"PIL\.")  # of broken EXIF and its like
 
@@ -2197,7 +2320,7 @@ class Photos:
         return photos
 
     def read(self, index: int) -> bytes:
-        return read_file(self.archive or self.place, self.names[index])
+        return read_file(self.root, self.names[index])
 
     def crop(self, index: int, side: int, draws: Sequence[float] = ()) -> np.ndarray:
         """As `decode`; what nothing was drawn for is kept while KEEP allows."""
@@ -2317,7 +2440,7 @@ class CropSource:
 PACKED = ("train_images", "train_labels", "val_images", "val_labels")
 
 
-def read_folders(path: Path, val_fraction: float, say: Callable[[str], None]) -> ImageData:
+def read_folders(path: Path | Rows, val_fraction: float, say: Callable[[str], None]) -> ImageData:
     """The photographs below `path`, a folder or a .zip, in any layout. Raises BadInput."""
     photos = Photos(path, names_in(path))
     classes, splits, told = find_layout(path, photos.names, val_fraction)
@@ -2370,8 +2493,9 @@ def load_data(settings: Settings, say: Callable[[str], None]) -> ImageData:
 
 def read_data(settings: Settings, say: Callable[[str], None]) -> ImageData:
     """The images on the disk that the settings name. Raises BadInput."""
-    path = find_data(settings)
-    packed = [file.parent for above in ("", "*/") for file in path.glob(f"{above}train_images.npy")]
+    path = fetch(settings.data) or find_data(settings)
+    globs = ("train_images.npy", "*/train_images.npy") if isinstance(path, Path) else ()
+    packed = [file.parent for glob in globs for file in path.glob(glob)]
     try:
         data = read_packed(packed[0]) if packed else read_folders(path, settings.val_fraction, say)
         if len(data.classes) < 2:
@@ -2634,7 +2758,8 @@ SPLITS = ("train", "val", "test")
 KAGGLE_INPUT = Path("/kaggle/input")  # holds <slug>/ and datasets/<owner>/<slug>/
 SEARCH_FOLDERS = 1000  # looked into, and names read in each: inputs may be millions of files on a slow disk
 DAMAGE = (OSError, EOFError, ValueError, RuntimeError, MemoryError, LookupError, SyntaxError, TypeError)
-DAMAGE += (struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile, Image.DecompressionBombError)
+DAMAGE += (struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile, csv.Error)
+DAMAGE += (Image.DecompressionBombError,)
 UNFIT = (*DAMAGE, AttributeError, pickle.UnpicklingError)  # what a checkpoint may raise
 
 

@@ -158,6 +158,71 @@ def test_all_three_refuse_the_same(readers, cifar, imagenet, tmp_path, files, fo
         assert found in str(caught.value)
 
 
+ROWS = "1.jpg,cat\n2.jpg,dog\n3.jpg,cat\n4.jpg,dog\n"
+FLAT = "1.jpg 2.jpg 3.jpg 4.jpg"
+# Images; tables; files to train and to validate on, in the order of the classes; what is told.
+TABLES = {
+    "beside it": (FLAT, {"train.csv": f"file,label\n{ROWS}"}, "3.jpg 4.jpg", "1.jpg 2.jpg", [FIFTH]),
+    "columns swapped, of any name": (FLAT, {"train.csv": "x,y\ncat,1.jpg\ndog,2.jpg\ncat,3.jpg\ndog,4.jpg\n"},
+                                     "3.jpg 4.jpg", "1.jpg 2.jpg", [FIFTH]),
+    "more columns, names without suffix": (
+        under("a/train", f"{FLAT} 5.jpg") + " a/test/1.jpg",
+        {"a/labels.csv": "\ufeffn,id,Breed\r\n8,1,cat\r\n8,2, dog\r\n8,3,cat\r\n8,4,dog\r\n9,9,owl\r\n8,5,",
+         "a/test.csv": "size,id\n8,1\n", "a/sample.csv": "id,Breed\n1,cat\n"},
+        "a/train/3.jpg a/train/4.jpg", "a/train/1.jpg a/train/2.jpg",
+        [FIFTH, "left out: 1 images in a/test/, 1 images in a/train/, 1 .csv"]),
+    "val.csv": (under("images", FLAT), {"Train.csv": "path,species\nimages/1.jpg,cat\nimages/2.jpg,dog\n",
+                                        "valid.csv": "path,species\nimages/3.jpg,cat\nimages/4.jpg,dog\n"},
+                "images/1.jpg images/2.jpg", "images/3.jpg images/4.jpg", []),
+    "test.csv, images named alike": (
+        f"{under('train_images', FLAT)} {under('test_images', FLAT)}",
+        {"train.csv": f"image_id,label\n{ROWS}", "test.csv": f"image_id,label\n{ROWS}"},
+        "train_images/1.jpg train_images/3.jpg train_images/2.jpg train_images/4.jpg",
+        "test_images/1.jpg test_images/3.jpg test_images/2.jpg test_images/4.jpg", []),
+    "a test of other classes": (f"{FLAT} test/1.jpg",
+                                {"train.csv": f"a,b\n{ROWS}", "test.csv": "a,b\n1.jpg,0\n"},
+                                "3.jpg 4.jpg", "1.jpg 2.jpg", [FIFTH, "left out: 1 images in test/"]),
+    "a file twice": (FLAT, {"train.csv": f"file,label\n{ROWS}1.jpg,dog\n\n"},
+                     "3.jpg 4.jpg", "1.jpg 2.jpg", [FIFTH]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("packing", ["folder", "zip", "zip of Windows"])
+@pytest.mark.parametrize("case", TABLES)
+def test_classes_are_read_from_a_table(readers, tmp_path, case, packing):
+    files, tables, train, val, told = TABLES[case]
+    path, names = write(tmp_path / "images", files), sorted(files.split())
+    for name, text in tables.items():
+        (path / name).write_text(text, encoding="utf-8", newline="")
+    if packing != "folder":
+        path = zipped(path, "\\" if "Windows" in packing else "/")
+    expected = [
+        [("dog" if name[-5] in "24" else "cat", names.index(name)) for name in chosen.split()]
+        for chosen in (train, val)
+    ]
+    for read in readers:
+        assert read(path) == (["cat", "dog"], *expected, told)
+
+
+def test_class_folders_win_over_a_table(readers, tmp_path):
+    path = write(tmp_path / "images", PLAIN)
+    (path / "train.csv").write_text("file,label\ncat/1.jpg,x\ncat/2.jpg,y\ncat/3.jpg,x\ndog/1.jpg,y\n")
+    for read in readers:
+        assert read(path)[0] == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("text", ["", "\n", "file\n1.jpg\n", f"file,label\n{ROWS.replace('jpg', 'gif')}",
+                                  f"file,a,b\n{ROWS.replace(',', ',0,')}",
+                                  "a,b\n1.jpg,x\n2.jpg,x\n", "a,b\n1.jpg,x\n2.jpg,y\n",
+                                  f"file,label\n{ROWS}\"{'x' * 140_000}"])  # fmt: skip
+def test_a_table_that_names_no_images_or_no_classes_is_refused(readers, cifar, imagenet, tmp_path, text):
+    path, errors = write(tmp_path / "images", FLAT), (cifar.BadInput, imagenet.BadInput, data_setup.BadInput)
+    (path / "train.csv").write_text(text)
+    for read, error in zip(readers, errors, strict=True):
+        with pytest.raises(error, match=r"images.*expected [^\n]*; [^\n]*"):
+            read(path)
+
+
 @pytest.mark.parametrize("val", [under("val", "cat/1.jpg"), f"{under('val')} val/owl/1.jpg"])
 def test_a_class_in_one_split_is_named_and_train_alone_is_a_way_out(readers, cifar, imagenet, tmp_path, val):
     path = write(tmp_path / "images", f"{TRAIN} {val}")
