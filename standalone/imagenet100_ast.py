@@ -4085,7 +4085,7 @@ class History:
         """epochs: that it is to train. rows: those it has trained. changes: by hand, "control" events."""
         self.policy, self.seed, self.epochs, self.changes = policy, seed, epochs, list(changes)
         self.colour = COLOURS.get(policy, "black")
-        sums = "candidates activated epochs seconds training_seconds energy energy_of_all".split()
+        sums = "candidates activated epochs seconds training_seconds energy energy_of_all heeded".split()
         self.now = dict.fromkeys(sums, 0) | {"rate": 1.0, "target": 1.0}
         self.points = [self.now]  # what `now` was; holds x and y of `LINES`, as far as they were known
         self.row: dict = {}  # the newest epoch
@@ -4110,7 +4110,7 @@ class History:
         """Takes in a decision of the gate; keeps `POINTS` of them, and each that met a new target."""
         theta, before = getattr(data["gate"], "threshold", None), self.points[-1]
         more = {name: data[name] for name in ("phase", "seconds", "joules")}
-        more |= {"target": data["rate"], "threshold": theta}
+        more |= {"target": data["rate"], "threshold": theta, "heeded": len(self.changes)}
         more["epochs"] = self.row.get("epoch", 0) + data["candidates"] / data["n"]
         now = self.after(data["offered"], data["activated"], **more)
         if each := 1e-12 * data["flops_per_sample"].get("training", 0):
@@ -4392,7 +4392,7 @@ class Dashboard:
         self.panel, self.histories, self.controls = panel or widgets.VBox(), histories, controls
         self.share = 0.03 if torch.get_num_threads() >= (os.cpu_count() or 1) else 0.02  # for pictures
         self.told = self.began = self.due = time.monotonic()  # due: when there will be another picture
-        self.changes = 0  # by hand, that the newest picture shows
+        self.changes = 0  # by hand, and those that a decision has heeded, in the newest picture
         self.shown: History | None = None
         wide, wrapped = widgets.Layout(width="300px"), widgets.Layout(flex_flow="row wrap")
         style = {"readout_format": ".2f", "layout": wide, "style": {"description_width": "initial"}}
@@ -4430,9 +4430,10 @@ class Dashboard:
     def refresh(self) -> None:
         """Numbers once a second, the picture as often as its cost allows; cheap in between."""
         now, runs = time.monotonic(), self.histories.runs
-        if not runs or now - self.told < 1:
+        changes = sum(len(run.changes) + run.now["heeded"] for run in runs)
+        if not runs or (now - self.told < 1 and changes == self.changes):
             return
-        self.told, changes = now, sum(len(run.changes) for run in runs)
+        self.told = now
         if runs[-1] is not self.shown:
             self._follow(runs[-1])
         self.bar.value, left = self.histories.progress.outlook()

@@ -187,11 +187,15 @@ def test_numbers_come_each_second_and_pictures_within_their_share_of_the_time(
     assert len(first) >= 4
     assert 0.7 * share * went < 0.3 * (len(drawn) - len(first)) <= share * went
     assert panel.image.value == f"picture {len(drawn)}".encode()
-    change(histories)  # no picture is due
-    look(panel, clock)
-    assert drawn[-1] == pytest.approx(clock.now)
-    look(panel, clock)
-    assert drawn[-1] < clock.now, "once is enough"
+    change(histories)  # neither numbers nor a picture are due
+    for due in (True, False):
+        clock.now += 0.1
+        panel.refresh()
+        assert (drawn[-1] == pytest.approx(clock.now)) == due, "at once, and once is enough"
+    go_on(histories, 1)
+    clock.now += 0.1
+    panel.refresh()
+    assert drawn[-1] == pytest.approx(clock.now), "the decision that heeds it"
     assert panel.image.value == f"picture {len(drawn)}".encode()
 
 
