@@ -1508,6 +1508,7 @@ def epoch_row(trainer: AdaptiveSparseTrainer, accuracy: float) -> dict:
         "scoring_seconds": scoring,
         "elapsed_seconds": total.seconds,
         "data_wait_percent": waited,
+        "flops": total.flops,
         "learning_rate": trainer.optimizer.param_groups[0]["lr"],
     }
 
@@ -4068,6 +4069,7 @@ POINTS = 400  # decisions that a history keeps; a panel is hardly wider
 LINES = {  # panel: title with the unit, x, y, and what is dotted beside it
     "accuracy": ("Validation accuracy (%)", "seconds", "accuracy", ""),
     "samples": ("Validation accuracy (%)", "thousand samples", "accuracy", ""),
+    "compute": ("Validation accuracy (%)", "TFLOPs, with evaluation", "accuracy", ""),
     "rate": ("Activation rate (dotted: target)", "epochs", "rate", "target"),
     "threshold": ("Threshold θ (a rank)", "epochs", "threshold", ""),
     "energy": ("Unit energy, thousand (dotted: all)", "epochs", "energy", "energy_of_all"),
@@ -4075,7 +4077,7 @@ LINES = {  # panel: title with the unit, x, y, and what is dotted beside it
     "joules": ("Joules, measured", "epochs", "joules", ""),
 }
 LIVE = ("accuracy", "rate", "energy", "flops", "threshold", "histogram")
-CURVES = ("accuracy", "rate", "energy", "samples", "threshold", "seconds")
+CURVES = ("accuracy", "compute", "samples", "rate", "threshold", "seconds")  # above: at three costs
 
 
 class History:
@@ -4127,6 +4129,7 @@ class History:
         now = self.now | {"epochs": row["epoch"], "seconds": row["elapsed_seconds"]}
         now["training_seconds"] += row["seconds"]
         self.row, self.now = row, now
+        now["TFLOPs, with evaluation"] = 1e-12 * row.get("flops", math.nan)  # nan: from an older checkpoint
         self.points.append(now | {"accuracy": row["val_accuracy"]})
 
     def line(self, x: str, y: str) -> np.ndarray:
@@ -4200,7 +4203,7 @@ def draw_panels(figure: Figure, histories: list[History], panels: Sequence[str])
         if not axes.has_data():
             axes.set_yticks([])
             axes.text(0.5, 0.5, "none so far", ha="center", transform=axes.transAxes)
-        if name in LINES and name != "samples":
+        if name in LINES and LINES[name][1] in ("epochs", "seconds"):
             mark_changes(axes, histories, LINES[name][1], named=name == "rate")
     label_ends(grid[0, 0], histories, *LINES[panels[0]][1:3])
 

@@ -155,8 +155,9 @@ def test_a_history_of_results_tells_what_the_events_told():
     results = trained([histories], wishes={70: ("target_activation", 0.15)})
     seen, rows = histories.runs[0], results["epochs"]
     after = ast.History("ast", 0, EPOCHS, rows, results["changes"])
-    for x in ("epochs", "seconds", "thousand samples"):
+    for x in ("epochs", "seconds", "thousand samples", ast.LINES["compute"][1]):
         assert np.array_equal(after.line(x, "accuracy"), seen.line(x, "accuracy"))
+    assert after.line(ast.LINES["compute"][1], "accuracy")[0, -1] == pytest.approx(1e-12 * results["flops"])
     for name in ("candidates", "activated", "epochs", "seconds", "training_seconds", "energy"):
         assert after.now[name] == seen.now[name]
     assert after.now["training_seconds"] == pytest.approx(sum(row["seconds"] for row in rows))
@@ -276,7 +277,7 @@ def test_of_several_seeds_the_last_ones_runs_are_drawn(figures):
 @pytest.mark.parametrize("epochs", [1, 2, 7])
 def test_axes_end_where_the_run_ends_and_count_whole_epochs(figures, epochs):
     axes = axes_of(figures, go_on(begin(epochs=epochs), 20 * epochs, scores=USUAL), *ast.CURVES)
-    for name in ("rate", "energy", "threshold"):
+    for name in ("rate", "threshold"):
         assert axes[name].get_xlim() == (0, epochs)
         assert all(tick == int(tick) for tick in axes[name].get_xticks())
     assert epochs == 1 or axes["accuracy"].get_xlim() == (0, 20), "seconds"
@@ -304,10 +305,10 @@ def test_a_change_is_marked_where_it_happened(figures):
     wishes = {50: ("target_activation", 0.15), 100: ("learning_rate_factor", 0.5)}
     at = [change["seconds"] for change in trained([histories], wishes=wishes)["changes"]]
     axes = axes_of(figures, histories, *ast.CURVES)
-    for name in ("rate", "threshold", "energy"):
+    for name in ("rate", "threshold"):
         assert marks(axes[name]) == ([50 / 20, 100 / 20], [ORANGE] * 2)
     assert marks(axes["accuracy"])[0] == at and 0 < at[0] < at[1]
-    assert marks(axes["samples"]) == marks(axes["seconds"]) == ([], [])
+    assert marks(axes["samples"]) == marks(axes["compute"]) == marks(axes["seconds"]) == ([], [])
     words = [text.get_text() for text in axes["rate"].texts]
     assert words == ["target activation 0.15", "learning rate factor 0.5"]
 
