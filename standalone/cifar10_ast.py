@@ -81,6 +81,7 @@ import csv
 import ctypes
 import functools
 import hashlib
+import html
 import http.client
 import importlib.util
 import io
@@ -1497,8 +1498,8 @@ def epoch_row(trainer: AdaptiveSparseTrainer, accuracy: float) -> dict:
         "seconds": seconds,
         "scoring_seconds": scoring,
         "elapsed_seconds": total.seconds,
-        "data_wait_percent": waited,
         "flops": total.flops,
+        "data_wait_percent": waited,
         "learning_rate": trainer.optimizer.param_groups[0]["lr"],
     }
 
@@ -3765,8 +3766,8 @@ DRAWING = threading.RLock()  # matplotlib has one style for all threads
 POINTS = 400  # decisions that a history keeps; a panel is hardly wider
 LINES = {  # panel: title with the unit, x, y, and what is dotted beside it
     "accuracy": ("Validation accuracy (%)", "seconds", "accuracy", ""),
-    "samples": ("Validation accuracy (%)", "thousand samples", "accuracy", ""),
     "compute": ("Validation accuracy (%)", "TFLOPs, with evaluation", "accuracy", ""),
+    "samples": ("Validation accuracy (%)", "thousand samples", "accuracy", ""),
     "rate": ("Activation rate (dotted: target)", "epochs", "rate", "target"),
     "threshold": ("Threshold θ (a rank)", "epochs", "threshold", ""),
     "energy": ("Unit energy, thousand (dotted: all)", "epochs", "energy", "energy_of_all"),
@@ -3825,8 +3826,8 @@ class History:
         """Takes in an epoch that has ended."""
         now = self.now | {"epochs": row["epoch"], "seconds": row["elapsed_seconds"]}
         now["training_seconds"] += row["seconds"]
-        self.row, self.now = row, now
         now["TFLOPs, with evaluation"] = 1e-12 * row.get("flops", math.nan)  # nan: from an older checkpoint
+        self.row, self.now = row, now
         self.points.append(now | {"accuracy": row["val_accuracy"]})
 
     def line(self, x: str, y: str) -> np.ndarray:
@@ -4095,6 +4096,7 @@ class Dashboard:
         self.told = self.began = self.due = time.monotonic()  # due: when there will be another picture
         self.changes = 0  # by hand, and those that a decision has heeded, in the newest picture
         self.shown: History | None = None
+        self.said = ""  # the log
         wide, wrapped = widgets.Layout(width="300px"), widgets.Layout(flex_flow="row wrap")
         style = {"readout_format": ".2f", "layout": wide, "style": {"description_width": "initial"}}
         target = settings.target_activation
@@ -4121,12 +4123,20 @@ class Dashboard:
             self.controls.set(control, new)
 
     def show(self) -> None:
-        """Shows the panel, under an id that `finish` knows: ipywidgets 7 would show a widget without one."""
+        """Shows the panel, under an id that `finish` knows: ipywidgets 7 would show a widget without one.
+        Below it stands the log, as plain text, which a saved notebook keeps.
+        """
         from IPython.display import display
 
         view = {"model_id": self.panel.model_id, "version_major": 2, "version_minor": 0}
         shown = {"application/vnd.jupyter.widget-view+json": view, "text/plain": "the dashboard"}
         display(shown, raw=True, display_id=self.panel.model_id)
+        self.log = display({"text/plain": ""}, raw=True, display_id=True)
+
+    def say(self, line: str) -> None:
+        """Adds a line to the log."""
+        self.said += line + "\n"
+        self.log.update({"text/plain": self.said}, raw=True)
 
     def refresh(self) -> None:
         """Numbers once a second, the picture as often as its cost allows; cheap in between."""
@@ -4170,7 +4180,7 @@ class Dashboard:
         return " · ".join(parts)
 
     def finish(self, png: bytes | None) -> None:
-        """Puts a plain picture wherever the panel is shown, since a saved notebook keeps no widgets."""
+        """Folds the log, and puts a plain picture wherever the panel is shown: widgets are not saved."""
         from IPython.display import HTML, update_display
         from IPython.display import Image as Shown
 
@@ -4178,6 +4188,8 @@ class Dashboard:
         rows, self.panel.children = self.panel.children, ()
         for widget in (part for row in rows for part in (*getattr(row, "children", ()), row)):
             widget.close()
+        folded = f"<details><summary>Log of the run</summary><pre>{html.escape(self.said)}</pre></details>"
+        self.log.update({"text/plain": self.said, "text/html": folded}, raw=True)
 
 
 def live_picture(histories: Histories) -> bytes:
@@ -4205,6 +4217,7 @@ async def run_live(settings: ASTConfig, data: ImageData | None = None, panel: ob
     dashboard = live = Dashboard(panel, histories, controls, settled) if widgets_serve() else None
     if dashboard:
         dashboard.show()
+    say = dashboard.say if dashboard else print
     listeners = [histories, print_table(False, lines.put)]
     worker = Worker(lambda: run(settings, (), listeners, controls, lines.put, data))
     async with Pump() as pump:
@@ -4212,13 +4225,13 @@ async def run_live(settings: ASTConfig, data: ImageData | None = None, panel: ob
             try:
                 await pump()
                 while not lines.empty():
-                    print(lines.get())
+                    say(lines.get())
                 if live:
                     try:
                         live.refresh()
                     except Exception as error:  # a picture that fails must not end the cell before the run
                         live = None
-                        print(f"the dashboard stands still from here on: {one_line(error)}")
+                        say(f"the dashboard stands still from here on: {one_line(error)}")
             except (KeyboardInterrupt, asyncio.CancelledError):
                 if controls.stop:  # a second time: at once
                     raise
@@ -4227,7 +4240,7 @@ async def run_live(settings: ASTConfig, data: ImageData | None = None, panel: ob
         png = live_picture(histories) if histories.runs else None
     except Exception as error:  # nor may the last one lose the results
         png = None
-        print(f"no last picture: {one_line(error)}")
+        say(f"no last picture: {one_line(error)}")
     if dashboard:
         dashboard.finish(png)
     summary = worker.result()
