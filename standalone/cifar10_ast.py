@@ -54,7 +54,8 @@
 # Run all, and it fills here and below "Run": drag *target activation*, and see the rate follow at once and
 # the energy bend. *Stop and save* keeps what there is. Without ipywidgets the run prints a table instead.
 
-# %% The dashboard, still empty tags=["shared", "active-ipynb"]
+# %% The dashboard, still empty tags=["shared", "fold", "active-ipynb"]
+# # @title The dashboard, still empty
 # import importlib.util
 # import os
 #
