@@ -4608,7 +4608,7 @@ def show_significance(
     optimizer, criterion = recipe(settings, model)
     config = replace(ASTConfig.of(settings), gate="remembered", ramp_epochs=0, anneal_epochs=0)
     train, val = sources(settings, few, torch.device(settings.device))
-    trainer = AdaptiveSparseTrainer(model, train, val, config, optimizer, criterion)
+    trainer = AdaptiveSparseTrainer(model, train, val, config, optimizer, criterion, listeners=[])
     trainer.controls.deadline = time.monotonic() + seconds
     print(f"training on {len(some)} images, for at most {seconds:.0f} s")
     trainer.train(epochs, warmup_epochs=epochs)
