@@ -78,7 +78,8 @@
 # if importlib.util.find_spec("ipywidgets") and os.environ.get("KAGGLE_KERNEL_RUN_TYPE") != "Batch":
 #     import ipywidgets
 #
-#     panel = ipywidgets.VBox([ipywidgets.HTML("importing PyTorch, then reading the data: some seconds")])
+#     words = "importing PyTorch, then reading the data: some seconds; if this stays, a cell below says why"
+#     panel = ipywidgets.VBox([ipywidgets.HTML(words)])
 #     view = {"model_id": panel.model_id, "version_major": 2, "version_minor": 0}
 #     shown = {"application/vnd.jupyter.widget-view+json": view, "text/plain": "the dashboard"}
 #     display(shown, raw=True, display_id=panel.model_id)

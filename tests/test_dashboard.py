@@ -244,9 +244,8 @@ def test_the_empty_panel_is_filled_shown_again_and_ends_as_a_plain_picture_that_
     names, out = {}, tmp_path / "out"
     exec(cell("The dashboard, still empty"), names)
     panel = names["panel"]
-    assert [part.value for part in panel.children] == [
-        "importing PyTorch, then reading the data: some seconds"
-    ]
+    (words,) = panel.children
+    assert words.value.startswith("importing PyTorch") and "a cell below says why" in words.value
     summary = live(out, panel)
     assert summary["complete"]
     (first, empty, before), (again, filled, after) = notebook.shown
