@@ -4080,7 +4080,7 @@ LINES = {  # panel: title with the unit, x, y, and what is dotted beside it
     "joules": ("Joules, measured", "epochs", "joules", ""),
 }
 LIVE = ("accuracy", "rate", "energy", "flops", "threshold", "histogram")
-CURVES = ("accuracy", "compute", "samples", "rate", "threshold", "seconds")  # above: at three costs
+CURVES = ("accuracy", "compute", "samples", "rate", "threshold", "energy")  # above: at three costs
 
 
 class History:
@@ -4090,7 +4090,7 @@ class History:
         """epochs: that it is to train. rows: those it has trained. changes: by hand, "control" events."""
         self.policy, self.seed, self.epochs, self.changes = policy, seed, epochs, list(changes)
         self.colour = COLOURS.get(policy, "black")
-        sums = "candidates activated epochs seconds training_seconds energy energy_of_all heeded".split()
+        sums = "candidates activated epochs seconds energy energy_of_all heeded".split()
         self.now = dict.fromkeys(sums, 0) | {"rate": 1.0, "target": 1.0}
         self.points = [self.now]  # what `now` was; holds x and y of `LINES`, as far as they were known
         self.row: dict = {}  # the newest epoch
@@ -4130,7 +4130,6 @@ class History:
     def ended(self, row: dict) -> None:
         """Takes in an epoch that has ended."""
         now = self.now | {"epochs": row["epoch"], "seconds": row["elapsed_seconds"]}
-        now["training_seconds"] += row["seconds"]
         now["TFLOPs, with evaluation"] = 1e-12 * row.get("flops", math.nan)  # nan: from an older checkpoint
         self.row, self.now = row, now
         self.points.append(now | {"accuracy": row["val_accuracy"]})
@@ -4192,15 +4191,13 @@ def picture(histories: list[History], panels: Sequence[str], title: str = "", dp
 
 
 def draw_panels(figure: Figure, histories: list[History], panels: Sequence[str]) -> None:
-    """Fills a figure with panels: of `LINES`, "histogram", "seconds". The first history is under test."""
+    """Fills a figure with panels: of `LINES`, or "histogram". The first history is under test."""
     rows = 1 if len(panels) < 4 else 2
     space = {"left": 0.052, "right": 0.985, "top": 0.9, "bottom": 0.09, "wspace": 0.42, "hspace": 0.45}
     grid = figure.subplots(rows, len(panels) // rows, squeeze=False, gridspec_kw=space)
     for name, axes in zip(panels, grid.flat, strict=True):
         if name == "histogram":
             draw_histogram(axes, histories)
-        elif name == "seconds":
-            draw_seconds(axes, histories)
         else:
             draw_lines(axes, histories, *LINES[name])
         if not axes.has_data():
@@ -4262,15 +4259,6 @@ def draw_histogram(axes: Axes, histories: list[History]) -> None:
         if theta is not None and math.isfinite(theta):
             at = float(np.quantile(scores, min(1.0, max(0.0, theta))))
             axes.axvline(min(high, at), color="black", linestyle="--")
-
-
-def draw_seconds(axes: Axes, histories: list[History]) -> None:
-    """The seconds that a person waits for, one bar a policy."""
-    names, colours = [h.policy for h in histories], [h.colour for h in histories]
-    axes.barh(names, [h.now["seconds"] for h in histories], color=colours, alpha=0.35)
-    axes.barh(names, [h.now["training_seconds"] for h in histories], color=colours)
-    axes.set(title="Measured time (pale: not training)", xlabel="seconds")
-    axes.invert_yaxis()
 
 
 def curves(results: list[dict], title: str, path: Path) -> None:
