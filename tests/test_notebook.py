@@ -24,7 +24,7 @@ import importlib.machinery as machinery
 find = machinery.PathFinder.find_spec
 def find_spec(name, path=None, target=None):
     return None if name.partition(".")[0] == "ipywidgets" else find(name, path, target)
-machinery.PathFinder.find_spec = find_spec
+machinery.PathFinder.find_spec = staticmethod(find_spec)
 """
 
 
