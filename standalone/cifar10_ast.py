@@ -54,7 +54,8 @@
 # Run all, and it fills here and below "Run": drag *target activation*, and see the rate follow at once and
 # the energy bend. *Stop and save* keeps what there is. Without ipywidgets the run prints a table instead.
 
-# %% The dashboard, still empty tags=["shared", "active-ipynb"]
+# %% The dashboard, still empty tags=["shared", "fold", "active-ipynb"]
+# # @title The dashboard, still empty
 # import importlib.util
 # import os
 #
@@ -64,7 +65,8 @@
 # if importlib.util.find_spec("ipywidgets") and os.environ.get("KAGGLE_KERNEL_RUN_TYPE") != "Batch":
 #     import ipywidgets
 #
-#     panel = ipywidgets.VBox([ipywidgets.HTML("importing PyTorch, then reading the data: some seconds")])
+#     words = "importing PyTorch, then reading the data: some seconds; if this stays, a cell below says why"
+#     panel = ipywidgets.VBox([ipywidgets.HTML(words)])
 #     view = {"model_id": panel.model_id, "version_major": 2, "version_minor": 0}
 #     shown = {"application/vnd.jupyter.widget-view+json": view, "text/plain": "the dashboard"}
 #     display(shown, raw=True, display_id=panel.model_id)
@@ -81,6 +83,7 @@ import csv
 import ctypes
 import functools
 import hashlib
+import html
 import http.client
 import importlib.util
 import io
@@ -1541,6 +1544,7 @@ def epoch_row(trainer: AdaptiveSparseTrainer, accuracy: float) -> dict:
         "seconds": seconds,
         "scoring_seconds": scoring,
         "elapsed_seconds": total.seconds,
+        "flops": total.flops,
         "data_wait_percent": waited,
         "learning_rate": trainer.optimizer.param_groups[0]["lr"],
         "resolution": tally.side,
@@ -4121,6 +4125,7 @@ DRAWING = threading.RLock()  # matplotlib has one style for all threads
 POINTS = 400  # decisions that a history keeps; a panel is hardly wider
 LINES = {  # panel: title with the unit, x, y, and what is dotted beside it
     "accuracy": ("Validation accuracy (%)", "seconds", "accuracy", ""),
+    "compute": ("Validation accuracy (%)", "TFLOPs, with evaluation", "accuracy", ""),
     "samples": ("Validation accuracy (%)", "thousand samples", "accuracy", ""),
     "rate": ("Activation rate (dotted: target)", "epochs", "rate", "target"),
     "threshold": ("Threshold θ (a rank)", "epochs", "threshold", ""),
@@ -4129,7 +4134,7 @@ LINES = {  # panel: title with the unit, x, y, and what is dotted beside it
     "joules": ("Joules, measured", "epochs", "joules", ""),
 }
 LIVE = ("accuracy", "rate", "energy", "flops", "threshold", "histogram")
-CURVES = ("accuracy", "rate", "energy", "samples", "threshold", "seconds")
+CURVES = ("accuracy", "compute", "samples", "rate", "threshold", "energy")  # above: at three costs
 
 
 class History:
@@ -4139,7 +4144,7 @@ class History:
         """epochs: that it is to train. rows: those it has trained. changes: by hand, "control" events."""
         self.policy, self.seed, self.epochs, self.changes = policy, seed, epochs, list(changes)
         self.colour = COLOURS.get(policy, "black")
-        sums = "candidates activated epochs seconds training_seconds energy energy_of_all".split()
+        sums = "candidates activated epochs seconds energy energy_of_all heeded".split()
         self.now = dict.fromkeys(sums, 0) | {"rate": 1.0, "target": 1.0}
         self.points = [self.now]  # what `now` was; holds x and y of `LINES`, as far as they were known
         self.row: dict = {}  # the newest epoch
@@ -4164,7 +4169,7 @@ class History:
         """Takes in a decision of the gate; keeps `POINTS` of them, and each that met a new target."""
         theta, before = getattr(data["gate"], "threshold", None), self.points[-1]
         more = {name: data[name] for name in ("phase", "seconds", "joules")}
-        more |= {"target": data["rate"], "threshold": theta}
+        more |= {"target": data["rate"], "threshold": theta, "heeded": len(self.changes)}
         more["epochs"] = self.row.get("epoch", 0) + data["candidates"] / data["n"]
         now = self.after(data["offered"], data["activated"], **more)
         if each := data["flops_per_sample"].get("training", 0):
@@ -4179,7 +4184,7 @@ class History:
     def ended(self, row: dict) -> None:
         """Takes in an epoch that has ended."""
         now = self.now | {"epochs": row["epoch"], "seconds": row["elapsed_seconds"]}
-        now["training_seconds"] += row["seconds"]
+        now["TFLOPs, with evaluation"] = 1e-12 * row.get("flops", math.nan)  # nan: from an older checkpoint
         self.row, self.now = row, now
         self.points.append(now | {"accuracy": row["val_accuracy"]})
 
@@ -4240,21 +4245,19 @@ def picture(histories: list[History], panels: Sequence[str], title: str = "", dp
 
 
 def draw_panels(figure: Figure, histories: list[History], panels: Sequence[str]) -> None:
-    """Fills a figure with panels: of `LINES`, "histogram", "seconds". The first history is under test."""
+    """Fills a figure with panels: of `LINES`, or "histogram". The first history is under test."""
     rows = 1 if len(panels) < 4 else 2
     space = {"left": 0.052, "right": 0.985, "top": 0.9, "bottom": 0.09, "wspace": 0.42, "hspace": 0.45}
     grid = figure.subplots(rows, len(panels) // rows, squeeze=False, gridspec_kw=space)
     for name, axes in zip(panels, grid.flat, strict=True):
         if name == "histogram":
             draw_histogram(axes, histories)
-        elif name == "seconds":
-            draw_seconds(axes, histories)
         else:
             draw_lines(axes, histories, *LINES[name])
         if not axes.has_data():
             axes.set_yticks([])
             axes.text(0.5, 0.5, "none so far", ha="center", transform=axes.transAxes)
-        if name in LINES and name != "samples":
+        if name in LINES and LINES[name][1] in ("epochs", "seconds"):
             mark_changes(axes, histories, LINES[name][1], named=name == "rate")
     label_ends(grid[0, 0], histories, *LINES[panels[0]][1:3])
 
@@ -4310,15 +4313,6 @@ def draw_histogram(axes: Axes, histories: list[History]) -> None:
         if theta is not None and math.isfinite(theta):
             at = float(np.quantile(scores, min(1.0, max(0.0, theta))))
             axes.axvline(min(high, at), color="black", linestyle="--")
-
-
-def draw_seconds(axes: Axes, histories: list[History]) -> None:
-    """The seconds that a person waits for, one bar a policy."""
-    names, colours = [h.policy for h in histories], [h.colour for h in histories]
-    axes.barh(names, [h.now["seconds"] for h in histories], color=colours, alpha=0.35)
-    axes.barh(names, [h.now["training_seconds"] for h in histories], color=colours)
-    axes.set(title="Measured time (pale: not training)", xlabel="seconds")
-    axes.invert_yaxis()
 
 
 def curves(results: list[dict], title: str, path: Path) -> None:
@@ -4447,8 +4441,9 @@ class Dashboard:
         self.panel, self.histories, self.controls = panel or widgets.VBox(), histories, controls
         self.share = 0.03 if torch.get_num_threads() >= (os.cpu_count() or 1) else 0.02  # for pictures
         self.told = self.began = self.due = time.monotonic()  # due: when there will be another picture
-        self.changes = 0  # by hand, that the newest picture shows
+        self.changes = 0  # by hand, and those that a decision has heeded, in the newest picture
         self.shown: History | None = None
+        self.said = ""  # the log
         wide, wrapped = widgets.Layout(width="300px"), widgets.Layout(flex_flow="row wrap")
         style = {"readout_format": ".2f", "layout": wide, "style": {"description_width": "initial"}}
         target = settings.target_activation
@@ -4475,19 +4470,28 @@ class Dashboard:
             self.controls.set(control, new)
 
     def show(self) -> None:
-        """Shows the panel, under an id that `finish` knows: ipywidgets 7 would show a widget without one."""
+        """Shows the panel, under an id that `finish` knows: ipywidgets 7 would show a widget without one.
+        Below it stands the log, as plain text, which a saved notebook keeps.
+        """
         from IPython.display import display
 
         view = {"model_id": self.panel.model_id, "version_major": 2, "version_minor": 0}
         shown = {"application/vnd.jupyter.widget-view+json": view, "text/plain": "the dashboard"}
         display(shown, raw=True, display_id=self.panel.model_id)
+        self.log = display({"text/plain": ""}, raw=True, display_id=True)
+
+    def say(self, line: str) -> None:
+        """Adds a line to the log."""
+        self.said += line + "\n"
+        self.log.update({"text/plain": self.said}, raw=True)
 
     def refresh(self) -> None:
         """Numbers once a second, the picture as often as its cost allows; cheap in between."""
         now, runs = time.monotonic(), self.histories.runs
-        if not runs or now - self.told < 1:
+        changes = sum(len(run.changes) + run.now["heeded"] for run in runs)
+        if not runs or (now - self.told < 1 and changes == self.changes):
             return
-        self.told, changes = now, sum(len(run.changes) for run in runs)
+        self.told = now
         if runs[-1] is not self.shown:
             self._follow(runs[-1])
         self.bar.value, left = self.histories.progress.outlook()
@@ -4523,7 +4527,7 @@ class Dashboard:
         return " · ".join(parts)
 
     def finish(self, png: bytes | None) -> None:
-        """Puts a plain picture wherever the panel is shown, since a saved notebook keeps no widgets."""
+        """Folds the log, and puts a plain picture wherever the panel is shown: widgets are not saved."""
         from IPython.display import HTML, update_display
         from IPython.display import Image as Shown
 
@@ -4531,6 +4535,8 @@ class Dashboard:
         rows, self.panel.children = self.panel.children, ()
         for widget in (part for row in rows for part in (*getattr(row, "children", ()), row)):
             widget.close()
+        folded = f"<details><summary>Log of the run</summary><pre>{html.escape(self.said)}</pre></details>"
+        self.log.update({"text/plain": self.said, "text/html": folded}, raw=True)
 
 
 def live_picture(histories: Histories) -> bytes:
@@ -4558,6 +4564,7 @@ async def run_live(settings: ASTConfig, data: ImageData | None = None, panel: ob
     dashboard = live = Dashboard(panel, histories, controls, settled) if widgets_serve() else None
     if dashboard:
         dashboard.show()
+    say = dashboard.say if dashboard else print
     listeners = [histories, print_table(False, lines.put)]
     worker = Worker(lambda: run(settings, (), listeners, controls, lines.put, data))
     async with Pump() as pump:
@@ -4565,13 +4572,13 @@ async def run_live(settings: ASTConfig, data: ImageData | None = None, panel: ob
             try:
                 await pump()
                 while not lines.empty():
-                    print(lines.get())
+                    say(lines.get())
                 if live:
                     try:
                         live.refresh()
                     except Exception as error:  # a picture that fails must not end the cell before the run
                         live = None
-                        print(f"the dashboard stands still from here on: {one_line(error)}")
+                        say(f"the dashboard stands still from here on: {one_line(error)}")
             except (KeyboardInterrupt, asyncio.CancelledError):
                 if controls.stop:  # a second time: at once
                     raise
@@ -4580,7 +4587,7 @@ async def run_live(settings: ASTConfig, data: ImageData | None = None, panel: ob
         png = live_picture(histories) if histories.runs else None
     except Exception as error:  # nor may the last one lose the results
         png = None
-        print(f"no last picture: {one_line(error)}")
+        say(f"no last picture: {one_line(error)}")
     if dashboard:
         dashboard.finish(png)
     summary = worker.result()
@@ -4646,7 +4653,7 @@ def show_significance(
     config = replace(ASTConfig.of(settings), gate="remembered", ramp_epochs=0, anneal_epochs=0)
     config.resolution = "full"
     train, val = sources(settings, few, torch.device(settings.device))
-    trainer = AdaptiveSparseTrainer(model, train, val, config, optimizer, criterion)
+    trainer = AdaptiveSparseTrainer(model, train, val, config, optimizer, criterion, listeners=[])
     trainer.controls.deadline = time.monotonic() + seconds
     print(f"training on {len(some)} images, for at most {seconds:.0f} s")
     trainer.train(epochs, warmup_epochs=epochs)

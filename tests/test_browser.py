@@ -329,6 +329,8 @@ def test_a_person_steers_a_run_with_the_mouse_and_stops_it(tab, lab, record_prop
         tab.see(shown, name)
         assert drawn_near(shown, target)
         assert cell.locator(".jupyter-widgets").count() == 0
+    log = second.locator("details")
+    assert not log.evaluate("log => log.open") and "\nast " in log.text_content()
     summary = json.loads((lab.folder / "runs" / "cifar10_ast" / "summary.json").read_text())
     assert summary["stopped_by"] == "stop button"
     for lesson in LESSONS:

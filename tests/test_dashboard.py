@@ -1,8 +1,10 @@
 """The dashboard and the live run without a kernel; test_kernels.py and test_browser.py have real ones."""
 
 import asyncio
+import html
 import itertools
 import os
+import re
 import sys
 import threading
 from types import SimpleNamespace
@@ -187,25 +189,35 @@ def test_numbers_come_each_second_and_pictures_within_their_share_of_the_time(
     assert len(first) >= 4
     assert 0.7 * share * went < 0.3 * (len(drawn) - len(first)) <= share * went
     assert panel.image.value == f"picture {len(drawn)}".encode()
-    change(histories)  # no picture is due
-    look(panel, clock)
-    assert drawn[-1] == pytest.approx(clock.now)
-    look(panel, clock)
-    assert drawn[-1] < clock.now, "once is enough"
+    change(histories)  # neither numbers nor a picture are due
+    for due in (True, False):
+        clock.now += 0.1
+        panel.refresh()
+        assert (drawn[-1] == pytest.approx(clock.now)) == due, "at once, and once is enough"
+    go_on(histories, 1)
+    clock.now += 0.1
+    panel.refresh()
+    assert drawn[-1] == pytest.approx(clock.now), "the decision that heeds it"
     assert panel.image.value == f"picture {len(drawn)}".encode()
 
 
 @pytest.fixture
 def notebook(monkeypatch, small_nets):
-    """As in a notebook with widgets: what is displayed, as (id, data, children of the panel), and updated."""
-    shown, updated, made = [], [], []
+    """As in a notebook with widgets: what is displayed, as (id, data, children of the panel), and updated;
+    and what the log became."""
+    shown, updated, made, log = [], [], [], []
     make = ast.Dashboard.__init__
 
     def kept(self, *given):
         make(self, *given)
         made.append(self)
 
+    def grow(data, *, raw):
+        log.append(data)
+
     def display(data, *, raw, display_id):
+        if display_id is True:
+            return SimpleNamespace(update=grow)
         shown.append((display_id, data, len(made[0].panel.children) if made else 0))
 
     def update(thing, *, display_id):
@@ -215,7 +227,7 @@ def notebook(monkeypatch, small_nets):
     monkeypatch.setattr(ast, "widgets_serve", lambda: True)
     monkeypatch.setattr(IPython.display, "display", display)
     monkeypatch.setattr(IPython.display, "update_display", update)
-    return SimpleNamespace(shown=shown, updated=updated, made=made)
+    return SimpleNamespace(shown=shown, updated=updated, made=made, log=log)
 
 
 def live(out, panel=None, **more):
@@ -232,9 +244,8 @@ def test_the_empty_panel_is_filled_shown_again_and_ends_as_a_plain_picture_that_
     names, out = {}, tmp_path / "out"
     exec(cell("The dashboard, still empty"), names)
     panel = names["panel"]
-    assert [part.value for part in panel.children] == [
-        "importing PyTorch, then reading the data: some seconds"
-    ]
+    (words,) = panel.children
+    assert words.value.startswith("importing PyTorch") and "a cell below says why" in words.value
     summary = live(out, panel)
     assert summary["complete"]
     (first, empty, before), (again, filled, after) = notebook.shown
@@ -255,6 +266,19 @@ def test_the_empty_panel_is_filled_shown_again_and_ends_as_a_plain_picture_that_
     assert files(out) == before and "dashboard.png" in before
 
 
+def test_the_log_grows_as_plain_text_and_ends_folded_with_every_line(notebook, tmp_path, capsys):
+    live(tmp_path / "a <b> & c", epochs=3)
+    *growing, folded = notebook.log
+    for before, after in itertools.pairwise(growing):
+        assert list(after) == ["text/plain"] and after["text/plain"].startswith(before["text/plain"])
+    whole = growing[-1]["text/plain"]
+    assert sum(line.startswith("ast ") and "/3" in line for line in whole.splitlines()) == 3
+    assert folded["text/plain"] == whole and "a <b> & c" in whole
+    assert folded["text/html"].startswith("<details><summary>")
+    assert html.unescape(re.sub("<[^>]*>", "", folded["text/html"])).endswith(whole)
+    assert not capsys.readouterr().out
+
+
 def test_a_second_run_in_the_same_notebook_is_refused_while_one_is_on(notebook, tmp_path):
     done = threading.Event()
     worker = ast.Worker(lambda: done.wait(60) and {})
@@ -267,7 +291,7 @@ def test_a_second_run_in_the_same_notebook_is_refused_while_one_is_on(notebook, 
 
 
 @pytest.mark.parametrize("fault", ["the numbers", "every picture after the first", "the last picture"])
-def test_a_fault_in_drawing_loses_no_run(notebook, tmp_path, monkeypatch, capsys, fault):
+def test_a_fault_in_drawing_loses_no_run(notebook, tmp_path, monkeypatch, fault):
     drawn, draw = itertools.count(), ast.live_picture
 
     def fail(*given):
@@ -283,7 +307,8 @@ def test_a_fault_in_drawing_loses_no_run(notebook, tmp_path, monkeypatch, capsys
         monkeypatch.setattr(ast, "live_picture", once)
     summary = live(tmp_path / "out", epochs=40)
     assert summary["complete"] and len(rows(tmp_path / "out")) == 40
-    assert "the dashboard stands still from here on" in capsys.readouterr().out or "last" in fault
+    told = "no last picture" if "last" in fault else "the dashboard stands still from here on"
+    assert told in notebook.log[-1]["text/plain"]
     assert not [thread for thread in threading.enumerate() if isinstance(thread, ast.Worker)]
 
 

@@ -179,6 +179,11 @@ class Kernel:
     def printed(self, cell, name="stdout"):
         return "".join(content["text"] for content in self.of(cell, "stream") if content["name"] == name)
 
+    def updates(self, cell, shown):
+        """What a cell put in the place of something that it had shown, one after the other."""
+        found = self.of(cell, "update_display_data")
+        return [content["data"] for content in found if content["transient"] == shown["transient"]]
+
     def error(self, cell):
         return "\n".join("\n".join(content["traceback"]) for content in self.of(cell, "error"))
 
@@ -296,15 +301,19 @@ def test_one_can_play_with_the_controller_while_it_trains(steered):
     assert steered.dates(steered.played)[-1] < steered.dates(steered.cell)[-1]
 
 
-def test_all_that_a_run_prints_belongs_to_its_cell(steered):
-    printed = steered.printed(steered.cell)
+def test_all_that_a_run_says_belongs_to_its_cell_and_ends_folded(steered):
+    (log,) = (shown for shown in steered.of(steered.cell, "display_data") if WIDGET not in shown["data"])
+    *growing, folded = steered.updates(steered.cell, log)
+    assert len(growing) > EPOCHS and all(list(data) == ["text/plain"] for data in growing)
     for epoch in range(1, EPOCHS + 1):
-        assert f" {epoch}/{EPOCHS} " in printed
+        assert all(f" {epoch}/{EPOCHS} " in text for text in folded.values())
+    assert folded["text/html"].startswith("<details>")
     began, cells = steered.dates(steered.cell)[0], (steered.cell, steered.after, steered.last)
-    streams = [m for m in steered.said if m["msg_type"] == "stream" and m["content"]["name"] == "stdout"]
-    since = [message for message in streams if message["header"]["date"] > began]
+    kinds = "stream", "update_display_data"
+    said = [m for m in steered.said if m["msg_type"] in kinds and m["content"].get("name") != "stderr"]
+    since = [message for message in said if message["header"]["date"] > began]
     assert {message["parent_header"].get("msg_id") for message in since} <= set(cells)
-    assert not steered.printed(steered.cell, "stderr")
+    assert not steered.of(steered.cell, "stream")
     assert "Traceback" not in (steered.folder / "kernel.log").read_text()
 
 
@@ -336,15 +345,15 @@ def assert_no_widget_outlives_its_run(kernel):
 
 def test_the_empty_dashboard_is_filled_and_a_plain_picture_takes_its_place_wherever_it_is_shown(steered):
     (empty,) = steered.of(steered.defined[steered.place], "display_data")
-    (shown,) = steered.of(steered.cell, "display_data")
-    (update,) = steered.of(steered.cell, "update_display_data")
+    (shown,) = (shown for shown in steered.of(steered.cell, "display_data") if WIDGET in shown["data"])
+    (update,) = steered.updates(steered.cell, shown)
     assert empty["data"][WIDGET] == shown["data"][WIDGET]
     panel = shown["data"][WIDGET]["model_id"]
     filled = [m["content"]["data"]["state"] for m in steered.said if m["content"].get("comm_id") == panel]
     assert [len(state["children"]) > 1 for state in filled if "children" in state] == [False, True, False]
-    assert {each["transient"]["display_id"] for each in (empty, shown, update)} == {panel}
+    assert {each["transient"]["display_id"] for each in (empty, shown)} == {panel}
     assert_no_widget_outlives_its_run(steered)
-    assert "image/png" in update["data"] and WIDGET not in update["data"]
+    assert "image/png" in update and WIDGET not in update
 
 
 def test_a_run_pauses_goes_on_stops_and_is_resumed(kernel, tmp_path):
@@ -410,7 +419,8 @@ def test_what_the_worker_raises_is_raised_in_the_cell(kernel, tmp_path):
     (error,) = kernel.of(cell, "error")
     assert (error["ename"], error["evalue"]) == ("RuntimeError", "the worker broke")
     assert "broken_step" in kernel.error(cell)
-    assert WIDGET not in kernel.of(cell, "update_display_data")[-1]["data"]
+    for shown in kernel.of(cell, "display_data"):  # the panel, and the log
+        assert WIDGET not in kernel.updates(cell, shown)[-1]
     assert_no_widget_outlives_its_run(kernel)
     assert kernel.replies[after]["status"] == "aborted"
     assert not kernel.printed(after)

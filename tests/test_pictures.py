@@ -155,11 +155,11 @@ def test_a_history_of_results_tells_what_the_events_told():
     results = trained([histories], wishes={70: ("target_activation", 0.15)})
     seen, rows = histories.runs[0], results["epochs"]
     after = ast.History("ast", 0, EPOCHS, rows, results["changes"])
-    for x in ("epochs", "seconds", "thousand samples"):
+    for x in ("epochs", "seconds", "thousand samples", ast.LINES["compute"][1]):
         assert np.array_equal(after.line(x, "accuracy"), seen.line(x, "accuracy"))
-    for name in ("candidates", "activated", "epochs", "seconds", "training_seconds", "energy"):
+    assert after.line(ast.LINES["compute"][1], "accuracy")[0, -1] == pytest.approx(1e-12 * results["flops"])
+    for name in ("candidates", "activated", "epochs", "seconds", "energy"):
         assert after.now[name] == seen.now[name]
-    assert after.now["training_seconds"] == pytest.approx(sum(row["seconds"] for row in rows))
     assert list(after.line("epochs", "rate")[1][1:]) == [row["activation_rate"] for row in rows]
     assert after.changes == seen.changes and len(seen.changes) == 1
     assert 0.15 in seen.line("epochs", "target")[1]
@@ -259,9 +259,6 @@ def test_a_policy_has_one_colour_everywhere_and_the_first_lies_on_top(figures):
             assert colours == [BLUE, GREY, ORANGE], name
         named = {text.get_text(): text.get_color() for text in axes["accuracy"].texts}
         assert named == {"ast": ORANGE, "full": GREY, "random": BLUE}
-    bars = [matplotlib.colors.to_hex(bar.get_facecolor()) for bar in axes["seconds"].patches]
-    assert bars == [ORANGE, GREY, BLUE] * 2
-    assert [bar.get_width() for bar in axes["seconds"].patches] == [20] * 3 + [16] * 3
 
 
 def test_of_several_seeds_the_last_ones_runs_are_drawn(figures):
@@ -273,7 +270,7 @@ def test_of_several_seeds_the_last_ones_runs_are_drawn(figures):
 @pytest.mark.parametrize("epochs", [1, 2, 7])
 def test_axes_end_where_the_run_ends_and_count_whole_epochs(figures, epochs):
     axes = axes_of(figures, go_on(begin(epochs=epochs), 20 * epochs, scores=USUAL), *ast.CURVES)
-    for name in ("rate", "energy", "threshold"):
+    for name in ("rate", "threshold", "energy"):
         assert axes[name].get_xlim() == (0, epochs)
         assert all(tick == int(tick) for tick in axes[name].get_xticks())
     assert epochs == 1 or axes["accuracy"].get_xlim() == (0, 20), "seconds"
@@ -304,7 +301,7 @@ def test_a_change_is_marked_where_it_happened(figures):
     for name in ("rate", "threshold", "energy"):
         assert marks(axes[name]) == ([50 / 20, 100 / 20], [ORANGE] * 2)
     assert marks(axes["accuracy"])[0] == at and 0 < at[0] < at[1]
-    assert marks(axes["samples"]) == marks(axes["seconds"]) == ([], [])
+    assert marks(axes["samples"]) == marks(axes["compute"]) == ([], [])
     words = [text.get_text() for text in axes["rate"].texts]
     assert words == ["target activation 0.15", "learning rate factor 0.5"]
 
