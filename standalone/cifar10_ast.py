@@ -968,6 +968,7 @@ class Controls:
         self.deadline = math.inf  # on time.monotonic()'s clock
         self.paused = False
         self.stop: str | None = None
+        self.heeded = False  # whether anybody has looked yet, who then saves and ends
 
     def set(self, control: str, value: float) -> None:
         """Asks for a target_activation (fraction) or a learning_rate_factor. Raises BadInput."""
@@ -1004,6 +1005,7 @@ class Controls:
             yield change | {"old": old, "candidates": self.candidates, "words": short.get(words, words)}
 
     def stopping(self) -> bool:
+        self.heeded = True
         if self.stop is None and time.monotonic() > self.deadline:
             self.stop = "time limit"
         return self.stop is not None
@@ -3519,12 +3521,12 @@ def predict(*paths: str, chosen: ASTConfig | None = None, controls: Controls | N
     inside = [sorted(place.rglob("[!.]*")) if place.is_dir() else [place] for place in places]
     files = [file for file in itertools.chain(*inside) if not file.is_dir()]
     for file in tqdm(files, "predicting", leave=False, disable=None):
-        if controls and controls.stop:
+        if controls and controls.stopping():
             break
         try:
-            view = read_view(file.read_bytes(), saved["image_size"])
+            view = read_view(read_file(file.parent, file.name), saved["image_size"])
         except Exception as error:  # a damaged file can break a decoder in any way
-            lost.append(f"{file}: {one_line(error).partition(' <')[0]}")  # less an address in memory
+            lost.append(reason(str(file), error))
             continue
         images = torch.tensor(view, device=chosen.device)[None]
         chances = model(plain_view(images, None))[0].softmax(0)
@@ -3721,11 +3723,14 @@ def main() -> int:
     def stop(number: int, frame: object) -> None:
         controls.stop = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         codes[controls.stop] = 128 + number
+        if not controls.heeded:  # nothing to save, and threads that wait for a disk must not hold it
+            os.write(2, f"{controls.stop}: ended before there was anything to save\n".encode())
+            os._exit(128 + number)
         signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
         os.write(2, f"{controls.stop}: saving and stopping; once more to stop at once\n".encode())
 
     for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="backslashreplace")  # for letters that a terminal or a file lacks
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)  # lines come as they are said
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):  # Windows has no SIGHUP
             signal.signal(getattr(signal, name), stop)
