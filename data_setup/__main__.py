@@ -19,7 +19,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from . import BadInput, check, cifar10, make, pack
+from . import BadInput, check, cifar10, make, pack, printable
 from .files import locked
 from .images import Images
 
@@ -109,8 +109,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def say(text: str) -> None:
-    """Tell what matters meanwhile; results alone go to standard output."""
-    print(text, file=sys.stderr, flush=True)
+    """Tell what matters meanwhile, in a line; results alone go to standard output."""
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def run(options: argparse.Namespace) -> tuple[dict, str]:
@@ -121,7 +121,7 @@ def run(options: argparse.Namespace) -> tuple[dict, str]:
     if options.command == "check":
         report = cifar10.check_published(options.path) if options.set == "cifar10" else None
         report = report or check.check(Images(*source), options.set)
-        return report, f"{check.summary(report)}\n{train}{shlex.quote(str(options.path))}"
+        return report, f"{check.summary(report)}\n{train}{printable(shlex.quote(str(options.path)))}"
     with locked(options.to):
         if options.command == "fetch":
             report = cifar10.fetch(options.to, say)
@@ -137,7 +137,9 @@ def run(options: argparse.Namespace) -> tuple[dict, str]:
     images = " and ".join(f"{count:,} {split}" for split, count in manifest["images"].items())
     lines = [f"{options.to}: {images} images of {len(manifest['keys'])} classes at {manifest['side']} pixels"]
     lines += [f"  left out: {item['file']} ({item['reason']})" for item in manifest["unreadable"]]
-    return {"path": str(options.to), **manifest}, "\n".join([*lines, train + shlex.quote(str(options.to))])
+    return {"path": str(options.to), **manifest}, "\n".join(
+        map(printable, [*lines, train + shlex.quote(str(options.to))])
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

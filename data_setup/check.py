@@ -9,10 +9,11 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from . import printable
 from .files import in_order, one_line
 from .images import SPLITS, Images, decode
 
-BLOCK = 64  # images; what a thread does at a time
+BLOCK = 16  # images; what a thread does at a time
 SHOWN = 5  # examples of a problem in the summary for people; --json has all
 COPIES = {
     "duplicates": "in one split and class",
@@ -142,4 +143,4 @@ def summary(report: dict) -> str:
         for names in report.get(kind, [])[:SHOWN]:
             lines.append(f"  {kind.replace('_', ' ')}: {' = '.join(names[:SHOWN])}")
     lines += [f"PROBLEM: {sentence}" for sentence in report["problems"]] or ["no problems found"]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))

@@ -109,10 +109,13 @@ def in_order(function: Callable[[Any], Any], items: Iterable[Any], workers: int 
     """Results of `function` in the order of `items`, made by threads a few items ahead, never all at once."""
     waiting: deque = deque()
     workers = workers or min(32, (os.cpu_count() or 1) + 4)  # some wait for the disk
-    with ThreadPoolExecutor(workers) as pool:
+    pool = ThreadPoolExecutor(workers)
+    try:
         for item in items:
             waiting.append(pool.submit(function, item))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    finally:  # after Ctrl-C nothing else is begun
+        pool.shutdown(cancel_futures=True)

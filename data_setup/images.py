@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from . import BadInput
+from . import BadInput, printable
 from .files import one_line
 
 SPLITS = ("train", "val")
@@ -42,6 +42,8 @@ def list_names(root: Path) -> list[str]:
     names, errors, above = [], [], {str(root): ()}
     try:
         if not root.is_dir():
+            if root.exists() and not root.is_file():
+                raise ValueError("a pipe, a socket or a device")
             with zipfile.ZipFile(root) as archive:
                 return sorted(archive.namelist())
         for place, folders, files in os.walk(root, onerror=errors.append, followlinks=True):
@@ -74,7 +76,7 @@ def find_layout(path: Path, names: list[str], fraction: float) -> tuple[dict[str
         train, val = divide(train, fraction).values()
     if alone := ", ".join(sorted(train.keys() ^ val.keys())):
         raise BadInput(
-            f"{path}: only in train or only in val: {alone}; expected each in both; add "
+            f"{path}: only in train or only in val: {alone[:300]}; expected each in both; add "
             f"images, or name train's folder alone, of which {fraction:.0%} are then kept for validation"
         )
     classes = sorted(train)
@@ -109,7 +111,7 @@ def find_classes(path: Path, images: Folders, others: Folders) -> tuple[Classes,
         raise BadInput(
             f"{path}: expected one set of two or more classes, train/<class>/ with val/<class>/ or "
             f"test/<class>/, or a folder for each, or train.csv of files and their label; found "
-            f"{found}; name the folder of one set"
+            f"{found[:300]}; name the folder of one set"
         )
     return tops[0][1:]
 
@@ -188,7 +190,7 @@ class Images:
         """Find the images. Raises BadInput where there are none, or too few for two classes and splits."""
         names = list_names(path)
         splits, self.told = find_layout(path, names, val_fraction)
-        self.keys = [key.encode("utf-8", "backslashreplace").decode() for key in splits["train"]]
+        self.keys = [printable(key) for key in splits["train"]]
         self.path, self.workers = path, workers
         self.archive = None if path.is_dir() else zipfile.ZipFile(path)
         self.names, self.labels = {}, {}
@@ -203,12 +205,12 @@ class Images:
         """The classes' names, from Kaggle's Labels.json, {folder: "name, synonym, ..."}."""
         try:
             table = json.loads(self.content(name))
-            titles = [table.get(key, key).partition(",")[0] for key in self.keys]
-        except (OSError, ValueError, AttributeError) as error:
+            titles = [printable(table.get(key, key).partition(",")[0]) for key in self.keys]
+        except Exception as error:  # a damaged file can break a decoder in any way
             found = one_line(error)
             raise BadInput(f"{self.path / name}: expected {{folder: name}} in JSON ({found})") from error
-        pairs = zip(self.keys, titles, strict=True)  # of equal ones (two cranes) each gets its key too
-        return [f"{title} ({key})" if titles.count(title) > 1 else title for key, title in pairs]
+        pairs, counts = zip(self.keys, titles, strict=True), Counter(titles)
+        return [f"{title} ({key})" if counts[title] > 1 else title for key, title in pairs]  # two cranes
 
     def __len__(self) -> int:
         return sum(map(len, self.names.values()))
@@ -220,6 +222,8 @@ class Images:
     def content(self, name: str) -> bytes:
         """One whole file. What is damaged, missing or too large may raise anything."""
         file = self.path / name
+        if not self.archive and file.exists() and not file.is_file():  # where a reader may wait for ever
+            raise ValueError("a pipe, a socket or a device, not a file")
         size = self.archive.getinfo(name).file_size if self.archive else file.stat().st_size
         if size > LARGEST_FILE:
             raise ValueError(f"{size:,} bytes, more than {LARGEST_FILE:,}")

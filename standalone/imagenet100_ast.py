@@ -118,6 +118,7 @@ import sys
 import textwrap
 import threading
 import time
+import tokenize
 import urllib.request
 import warnings
 import zipfile
@@ -163,7 +164,7 @@ class BadInput(ValueError):
     """Something a person can mend; the message is one sentence. A script ends with exit status 2 on it."""
 
     def __init__(self, sentence: str):
-        super().__init__(" ".join(str(sentence).splitlines()))
+        super().__init__(printable(" ".join(str(sentence).splitlines())))
 
 
 def option(default: object, bound: str | tuple, text: str) -> Any:
@@ -215,7 +216,7 @@ class ASTConfig:
 
     target_activation: float = option(0.4, "(0, 1]", "a*, fraction of the candidates trained on; 0.4 is 40 %")
     gate: str = option("remembered", GATES, "what decides which samples are trained on")
-    epochs: int | None = option(None, "[1, inf)", "passes over the candidates; the device decides")
+    epochs: int | None = option(None, "[1, 100000]", "passes over the candidates; the device decides")
     warmup_epochs: int | None = option(None, "[0, inf)", "epochs on everything at first; max(1, 8 %) if None")
     ramp_epochs: int | None = option(None, "[0, inf)", "epochs down to the target; 20 % if None")
     anneal_epochs: int | None = option(None, "[0, inf)", "epochs on everything at the end; 12.5 % if None")
@@ -229,7 +230,7 @@ class ASTConfig:
     adapt_kp: float = option(0.005, "[0, inf)", "proportional gain of the pure PI, θ per rate")
     adapt_ki: float = option(0.0001, "[0, inf)", "integral gain of the pure PI, θ per rate and chunk")
     ema_alpha: float = option(0.3, "(0, 1]", "weight of the newest chunk in the controller's smoothed error")
-    batch_size: int | None = option(None, "[1, inf)", "samples a step; the device decides")
+    batch_size: int | None = option(None, "[1, 100000]", "samples a step; the device decides")
     lr: float | None = option(None, "(0, inf)", "peak learning rate; the model decides")
     device: str = option("auto", r"auto|cpu|cuda(:\d+)?", "auto, cpu or cuda")
     amp: str = option("auto", ("auto", "off", "fp16", "bf16"), "mixed precision; the device decides")
@@ -285,8 +286,8 @@ class Settings(ASTConfig):
     data_dir: str | None = option(None, "", "searched first, for data and weights; the platform decides")
     train_size: int = option(0, "[0, inf)", "training samples, drawn evenly from the classes; 0 takes all")
     val_fraction: float = option(0.2, "(0, 1)", "share of a single folder of classes kept for validation")
-    image_size: int | None = option(None, "[8, inf)", "pixels, side of a view; the device decides")
-    workers: int | None = option(None, "[1, inf)", "threads that decode; one a core, at most 8, if None")
+    image_size: int | None = option(None, "[8, 2048]", "pixels, side of a view; the device decides")
+    workers: int | None = option(None, "[1, 256]", "threads that decode; one a core, at most 8, if None")
     model: str | None = option(None, "", "a classifier of torchvision, as resnet50; the device decides")
     weights: str = option("imagenet", "", "imagenet, none or a FILE; what does not fit begins anew")
     weight_decay: float = option(1e-4, "[0, inf)", "per step, times the learning rate")
@@ -1006,6 +1007,7 @@ class Controls:
         self.deadline = math.inf  # on time.monotonic()'s clock
         self.paused = False
         self.stop: str | None = None
+        self.heeded = False  # whether anybody has looked yet, who then saves and ends
 
     def set(self, control: str, value: float) -> None:
         """Asks for a target_activation (fraction) or a learning_rate_factor. Raises BadInput."""
@@ -1042,6 +1044,7 @@ class Controls:
             yield change | {"old": old, "candidates": self.candidates, "words": short.get(words, words)}
 
     def stopping(self) -> bool:
+        self.heeded = True
         if self.stop is None and time.monotonic() > self.deadline:
             self.stop = "time limit"
         return self.stop is not None
@@ -1990,6 +1993,10 @@ class ImageData:
     references: dict[str, dict] = field(default_factory=dict)  # for the summary, measured without a gate
     heads: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of linear probes
 
+    def __post_init__(self):
+        self.name, self.source = printable(self.name), printable(self.source)
+        self.classes = [printable(str(name)) for name in self.classes]
+
 
 # %% Layouts [markdown] tags=["shared"]
 # ### Layouts
@@ -2016,7 +2023,7 @@ def names_in(root: Path | Rows) -> list[str]:
         return root.names
     names, faults, above = [], [], {str(root): ()}
     if not root.is_dir():
-        with zipfile.ZipFile(root) as archive:
+        with zipfile.ZipFile(plain(root)) as archive:
             return sorted(archive.namelist())
     for place, folders, files in os.walk(root, onerror=faults.append, followlinks=True):
         way = *above.pop(place), os.path.realpath(place)
@@ -2050,7 +2057,7 @@ def find_layout(path: Path, names: list[str], fraction: float) -> tuple[list[str
         train, val = divide(train, fraction).values()
     if alone := ", ".join(sorted(train.keys() ^ val.keys())):
         raise BadInput(
-            f"--data {path}: only in train or only in val: {printable(alone)}; expected each in both; add "
+            f"--data {path}: only in train or only in val: {alone[:300]}; expected each in both; add "
             f"images, or name train's folder alone, of which {fraction:.0%} are then kept for validation"
         )
     classes = sorted(train)
@@ -2086,7 +2093,7 @@ def find_classes(path: Path, images: dict[str, list], others: dict[str, list]) -
         raise BadInput(
             f"--data {path}: expected one set of two or more classes, train/<class>/ with val/<class>/ or "
             f"test/<class>/, or a folder for each, or train.csv of files and their label; found "
-            f"{printable(found)}; name the folder of one set"
+            f"{found[:300]}; name the folder of one set"
         )
     return tops[0][1:]
 
@@ -2148,12 +2155,19 @@ def left_out(images: dict[str, list], others: dict[str, list], used: set[str]) -
     for folder in filter(None, others):
         counts.update(os.path.splitext(name)[1].lower() or "without suffix" for name in others[folder])
     parts = [f"{count:,} {what}" for what, count in (+counts).most_common()]
-    return ", ".join(parts[:8] + ["..."] * (len(parts) > 8))
+    return printable(", ".join(parts[:8] + ["..."] * (len(parts) > 8)))
 
 
 def printable(text: str) -> str:
-    """A name from a disk, with escapes for bytes that are no text."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    """A name from a file, with escapes for what is no text and for what a terminal would obey."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def plain(path: Path) -> Path:
+    """The same path. Raises ValueError for a pipe, socket or device, where a reader may wait for ever."""
+    if not path.is_file() and not path.is_dir() and path.exists():
+        raise ValueError("a pipe, a socket or a device, not a file")
+    return path
 
 
 def opened(path: Path | Rows) -> Path | Rows | zipfile.ZipFile:
@@ -2163,7 +2177,7 @@ def opened(path: Path | Rows) -> Path | Rows | zipfile.ZipFile:
 
 def read_file(root: Path | Rows | zipfile.ZipFile, name: str) -> bytes:
     """A file's bytes. What is damaged, missing or too large may raise anything."""
-    with (root / name).open("rb") if isinstance(root, Path) else root.open(name) as file:
+    with plain(root / name).open("rb") if isinstance(root, Path) else root.open(name) as file:
         raw = file.read(LARGEST_FILE + 1)
     if len(raw) > LARGEST_FILE:
         raise ValueError(f"more than {LARGEST_FILE:,} bytes")
@@ -2449,7 +2463,7 @@ def read_folders(path: Path | Rows, val_fraction: float, say: Callable[[str], No
     photos = Photos(path, names_in(path))
     classes, splits, told = find_layout(path, photos.names, val_fraction)
     for line in told:
-        say(f"{path}: {line}")
+        say(printable(f"{path}: {line}"))
     arrays = {}
     for split, (names, labels) in splits.items():
         arrays |= {f"{split}_images": photos.named(names), f"{split}_labels": labels}
@@ -2461,19 +2475,22 @@ def titles_of(labels: list[str], photos: Photos) -> list[str]:
     tables = [row for row, name in enumerate(photos.names) if name.endswith("Labels.json")]
     table = dict(json.loads(photos.read(tables[0]))) if tables else {}
     titles = [str(table.get(label, label)).partition(",")[0] for label in labels]
-    twice = {name for name in titles if titles.count(name) > 1}  # ImageNet has two cranes
+    twice = {name for name, count in Counter(titles).items() if count > 1}  # ImageNet has two cranes
     return [f"{name} ({key})" if name in twice else name for name, key in zip(titles, labels, strict=True)]
 
 
 def read_packed(path: Path) -> ImageData:
     """Maps packed arrays. Raises one of DAMAGE where one is missing, damaged, or of the wrong shape."""
-    arrays = {name: np.lib.format.open_memmap(path / f"{name}.npy", mode="r") for name in PACKED}
-    classes = json.loads((path / "classes.json").read_text(encoding="utf-8"))
+    arrays = {name: np.lib.format.open_memmap(plain(path / f"{name}.npy"), mode="r") for name in PACKED}
+    classes = json.loads(plain(path / "classes.json").read_text(encoding="utf-8"))
+    if not isinstance(classes, list):
+        raise ValueError("classes.json is no list of names")
     for split in ("train", "val"):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"].astype(int, casting="same_kind")
         good = images.dtype == np.uint8 and images.shape[3:] == (3,) and labels.shape == images.shape[:1]
-        if not good or not 0 <= labels.min() <= labels.max() < len(classes):
-            raise ValueError(f"{split}: {images.dtype} {list(images.shape)}, labels to {labels.max()}")
+        if not good or set(labels.tolist()) != set(range(len(classes))):
+            found = f"{images.dtype} {list(images.shape)}, labels to {labels.max()}"
+            raise ValueError(f"{split}: {found}, expected some of all {len(classes)} classes")
         arrays |= {f"{split}_images": Photos(images, range(len(labels))), f"{split}_labels": labels}
     return ImageData(path.stem, False, classes, **arrays, source=str(path))
 
@@ -2514,7 +2531,7 @@ def read_data(settings: Settings, say: Callable[[str], None]) -> ImageData:
     if settings.train_size:
         rows = balanced_subset(data.train_labels, settings.train_size, len(data.classes))
         data.train_images, data.train_labels = data.train_images.chosen(rows), data.train_labels[rows]
-    data.name = "imagenet100" if settings.data == "imagenet100" else path.stem
+    data.name = "imagenet100" if settings.data == "imagenet100" else printable(path.stem)
     return data
 
 
@@ -2584,11 +2601,12 @@ def read_state(path: Path) -> dict[str, Tensor]:
         objects = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     try:
         with torch.serialization.safe_globals([(Unread, name) for name in objects]):
-            parts, most = [torch.load(path, map_location="cpu", weights_only=True)], {}
+            parts, most, seen = [torch.load(path, map_location="cpu", weights_only=True)], {}, set()
     except pickle.UnpicklingError as error:
         raise ValueError(f"not only tensors: {', '.join(objects) or one_line(error)}") from error
     for part in parts:  # a list that grows meanwhile
-        if isinstance(part, dict):
+        if isinstance(part, dict) and id(part) not in seen:  # which may hold itself
+            seen.add(id(part))
             parts += part.values()
             tensors = {str(name): value for name, value in part.items() if isinstance(value, Tensor)}
             most = max(most, tensors, key=len)
@@ -2622,7 +2640,7 @@ def read_weights(settings: Settings) -> dict[str, Tensor]:
     """The state dict that `settings.weights` names, of which no code is run: a file's, or torchvision's,
     searched for and else downloaded. Raises what torch raises."""
     if settings.weights != "imagenet":
-        return read_state(Path(settings.weights).expanduser())
+        return read_state(plain(Path(settings.weights).expanduser()))
     weights, found = torchvision.models.get_model_weights(settings.model).DEFAULT, None
     name = weights.url.rpartition("/")[2]
     for root in (Path(settings.data_dir).expanduser(), KAGGLE_INPUT):
@@ -2643,6 +2661,9 @@ def load_weights(settings: Settings, model: nn.Module) -> list[str]:
         state = named_as(own, held)
         if "encoder.pos_embedding" in state:  # positions belong to one size of image
             state = interpolate_embeddings(settings.image_size, model.patch_size, state)
+        for name, value in state.items():
+            if value.layout != torch.strided or value.is_quantized or value.is_meta:
+                raise ValueError(f"{name} is sparse, quantised or without numbers (meta)")
         fitting = {name: value for name, value in state.items() if value.shape == own[name].shape}
         missing = [name for name in own if name not in fitting and not name.endswith("num_batches_tracked")]
         if sum(v.numel() for v in fitting.values()) < 0.5 * sum(v.numel() for v in model.parameters()):
@@ -2650,6 +2671,8 @@ def load_weights(settings: Settings, model: nn.Module) -> list[str]:
                 f"it holds {len(held)} tensors, such as {next(iter(held))}; of the model's {len(missing)} "
                 f"are missing or of another shape, first {missing[0]}"
             )
+        own.update(fitting)
+        model.load_state_dict(own)
     except UNFIT as error:
         url = torchvision.models.get_model_weights(settings.model).DEFAULT.url
         raise BadInput(
@@ -2657,8 +2680,6 @@ def load_weights(settings: Settings, model: nn.Module) -> list[str]:
             f"({url}, downloaded, or put into {settings.data_dir} or {KAGGLE_INPUT}), a FILE written by "
             "torch.save(model.state_dict(), FILE), or none, to begin at random"
         ) from error
-    own.update(fitting)
-    model.load_state_dict(own)
     return missing
 
 
@@ -2760,17 +2781,18 @@ def balanced_subset(labels: np.ndarray, size: int, classes: int) -> np.ndarray |
 # @title What every reader needs
 SPLITS = ("train", "val", "test")
 KAGGLE_INPUT = Path("/kaggle/input")  # holds <slug>/ and datasets/<owner>/<slug>/
+MOST_DRAWN = 200_000  # training images of `shapes`: about a minute and 1.3 GB
 SEARCH_FOLDERS = 1000  # looked into, and names read in each: inputs may be millions of files on a slow disk
 DAMAGE = (OSError, EOFError, ValueError, RuntimeError, MemoryError, LookupError, SyntaxError, TypeError)
-DAMAGE += (struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile, csv.Error)
-DAMAGE += (Image.DecompressionBombError,)
-UNFIT = (*DAMAGE, AttributeError, pickle.UnpicklingError)  # what a checkpoint may raise
+DAMAGE += (struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile, csv.Error, tokenize.TokenError)
+DAMAGE += (Image.DecompressionBombError, ArithmeticError, pickle.UnpicklingError)
+UNFIT = (*DAMAGE, AttributeError)  # what a checkpoint or weights may raise
 
 
 def one_line(error: Exception) -> str:
     """An error's own words on one line, since bad input gets one sentence."""
     words = str(error).rpartition("WeightsUnpickler error: ")[2]  # before it torch advises to trust the file
-    return " ".join(words.split())[:200] or type(error).__name__
+    return printable(" ".join(words.split()))[:200] or type(error).__name__
 
 
 def reason(name: str, error: Exception) -> str:
@@ -2779,9 +2801,10 @@ def reason(name: str, error: Exception) -> str:
 
 
 def drawn(size: int) -> ImageData:
-    """Draw `shapes` with `size` training images (0: 6,000). Raises BadInput below one a class."""
-    if size and size < len(FIGURES):
-        raise BadInput(f"--train-size {size}: expected 0 (6,000) or {len(FIGURES)} and more; raise it")
+    """Draw `shapes` with `size` training images (0: 6,000). Raises BadInput for too few or too many."""
+    if size and not len(FIGURES) <= size <= MOST_DRAWN:
+        expected = f"0 (6,000), or {len(FIGURES)} to {MOST_DRAWN:,}"
+        raise BadInput(f"--train-size {size}: expected {expected}; change it")
     return shapes(size or 6_000)
 
 
@@ -4124,11 +4147,12 @@ def load_model(chosen: ASTConfig) -> tuple[nn.Module, dict]:
     """
     path = Path(chosen.out) / "model.pt"
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(plain(path), map_location="cpu", weights_only=True)
         if saved.get("program") != PROGRAM:
             raise ValueError(f"written by {saved.get('program', 'another program')}")
         model = bare_model(saved["model"], len(saved["classes"]), saved["image_size"])
         model.load_state_dict(saved["state_dict"])
+        saved["classes"] = [printable(name) for name in saved["classes"]]
     except UNFIT as error:
         raise BadInput(
             f"{path}: {one_line(error)}; expected program, model, classes, image_size and state_dict, as a "
@@ -4154,20 +4178,20 @@ def predict(*paths: str, chosen: ASTConfig | None = None, controls: Controls | N
     inside = [sorted(place.rglob("[!.]*")) if place.is_dir() else [place] for place in places]
     files = [file for file in itertools.chain(*inside) if not file.is_dir()]
     for file in tqdm(files, "predicting", leave=False, disable=None):
-        if controls and controls.stop:
+        if controls and controls.stopping():
             break
         try:
-            view = read_view(file.read_bytes(), saved["image_size"])
+            view = read_view(read_file(file.parent, file.name), saved["image_size"])
         except Exception as error:  # a damaged file can break a decoder in any way
-            lost.append(f"{file}: {one_line(error).partition(' <')[0]}")  # less an address in memory
+            lost.append(reason(str(file), error))
             continue
         images = torch.tensor(view, device=chosen.device)[None]
         chances = model(plain_view(images, None))[0].softmax(0)
         label, name = int(chances.argmax()), file.relative_to(places[0]) if len(places) == 1 else file
         rows.append((name.as_posix(), saved["classes"][label], round(float(chances[label]), 4)))
     if not rows:
-        reason = lost[0] if lost else f"{paths[0]}: no file in it"
-        raise BadInput(f"{reason}; expected a picture, or a folder of pictures; name another")
+        found = lost[0] if lost else f"{paths[0]}: no file in it"
+        raise BadInput(f"{found}; expected a picture, or a folder of pictures; name another")
     if files == places[:1] == places:
         if kernel() is not None:
             from IPython.display import display
@@ -4199,7 +4223,8 @@ def show_mistakes(chosen: ASTConfig, data: ImageData) -> None:
     parts = [(model(views).softmax(1).cpu(), labels.cpu()) for views, labels in source.in_order()]
     chances, labels = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
     found, names = chances.argmax(1), [name[:12] for name in data.classes]
-    show_classes(labels, found, names, mean_times(Path(chosen.out), data))
+    if len(names) <= 1_000:  # else the square of what is taken for what has too many fields
+        show_classes(labels, found, names, mean_times(Path(chosen.out), data))
     readable = np.setdiff1d(np.arange(len(source)), list(source.unreadable))
     order, rows = np.argsort(chances[np.arange(len(labels)), labels]), {}
     for word, which in (("lowest", order[:10]), ("highest", order[:-11:-1])):
@@ -4315,7 +4340,7 @@ def overview(settings: ASTConfig) -> list[str]:
     first = f"{PROGRAM}: {runs} {'run' if runs == 1 else 'runs'}: {', '.join(policies)}{times}"
     values = [(item.name, getattr(settings, item.name), item.default) for item in fields(settings)]
     changed = [f"{name}={value}" for name, value, default in values if value != default]
-    wrapped = textwrap.wrap(", ".join(changed), 80, initial_indent="  ", subsequent_indent="  ")
+    wrapped = textwrap.wrap(printable(", ".join(changed)), 80, initial_indent="  ", subsequent_indent="  ")
     return [first, f"  torch {torch.__version__} on {device_name(settings.device)}", *wrapped]
 
 
@@ -4365,7 +4390,7 @@ class Outlet:
     def __init__(self, stream: io.TextIOWrapper | None):
         """stream: None, where a program is started without."""
         self.stream = stream or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
-        self.stream.reconfigure(errors="backslashreplace")  # for letters that a terminal or a file lacks
+        self.stream.reconfigure(errors="backslashreplace", line_buffering=True)  # it may lack letters
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)
@@ -4391,6 +4416,9 @@ def main() -> int:
     def stop(number: int, frame: object) -> None:
         controls.stop = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         codes[controls.stop] = 128 + number
+        if not controls.heeded:  # nothing to save, and threads that wait for a disk must not hold it
+            os.write(2, f"{controls.stop}: ended before there was anything to save\n".encode())
+            os._exit(128 + number)
         signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
         os.write(2, f"{controls.stop}: saving and stopping; once more to stop at once\n".encode())
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -27,7 +28,7 @@ from conftest import put
 from PIL import Image
 
 from data_setup import __main__ as command_line
-from data_setup import cifar10, files, images, make, pack
+from data_setup import check, cifar10, files, images, make, pack
 
 ROOT = Path(__file__).parents[1]
 WNIDS = ["n01440764", "n01443537", "n02102040"]
@@ -518,6 +519,24 @@ def test_a_hostile_zip_writes_nothing_and_bombs_are_unreadable_images(run, tmp_p
     assert contents(tmp_path) == before
 
 
+def test_after_an_interrupt_nothing_else_is_begun(capsys, tmp_path, monkeypatch):
+    """Ctrl-C at the first of many images: no more are looked at than threads had in hand."""
+    source, looked = write_tree(tmp_path / "in", counts=(60, 60)), []
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    def look(*_):
+        looked.append(threading.get_ident())
+        return stopped() if len(looked) == 1 else time.sleep(0.1)
+
+    monkeypatch.setattr(check, "BLOCK", 1)
+    monkeypatch.setattr(check, "look", look)
+    assert command_line.main(["folder", "check", str(source), "--workers", "2"]) == 130
+    assert "stopped; the same command goes on" in capsys.readouterr().err
+    assert len(looked) <= 3
+
+
 # Packing
 
 
@@ -556,7 +575,9 @@ def test_a_pack_holds_the_upright_centre_of_every_format(run, tmp_path):
     assert np.abs(found[7, :, 8, 0] - np.linspace(8, 247, 16)).max() < 10
 
 
-def test_unreadable_images_leave_no_hole_up_to_one_percent(run, refused, tmp_path):
+@pytest.mark.parametrize("block", [pack.BLOCK_BYTES, 1], ids=["many in a block", "alone in its block"])
+def test_unreadable_images_leave_no_hole_up_to_one_percent(run, refused, tmp_path, monkeypatch, block):
+    monkeypatch.setattr(pack, "BLOCK_BYTES", block)
     source, bad = write_tree(tmp_path / "in", counts=(60, 2)), os.fsdecode(b"train/ant/5\xff.jpg")  # no text
     (source / bad).write_bytes(b"damaged")
     found = run(*pack_line(source, tmp_path / "out"))

@@ -62,8 +62,12 @@ def refused(tmp_path, monkeypatch, capfd, small_nets):
         ("--target-activation nan", "--target-activation nan: expected a number in (0, 1]"),
         ("--lr x", "--lr x: expected a number in (0, inf): peak learning rate; the model decides"),
         ("--lr inf", "--lr inf: expected a number"),
-        ("--epochs 0", "--epochs 0: expected a whole number in [1, inf)"),
+        ("--epochs 0", "--epochs 0: expected a whole number in [1, 100000]"),
         ("--epochs 1.5", "--epochs 1.5: expected a whole number"),
+        ("--epochs 1e23", "--epochs 1e23: expected a whole number"),
+        (f"--epochs {10**23}", f"--epochs {10**23}: expected a whole number in [1, 100000]"),
+        (f"--warmup-epochs {10**23}", f"warm-up {10**23}, ramp 0, anneal 0: expected at most 2 epochs"),
+        (f"--batch-size {10**23}", f"--batch-size {10**23}: expected a whole number in [1, 100000]"),
         ("--epochs", "--epochs: expected one argument; --help lists the flags"),
         ("--batch-size 0", "--batch-size 0"),
         ("--train-size -5", "--train-size -5"),
@@ -83,7 +87,8 @@ def refused(tmp_path, monkeypatch, capfd, small_nets):
         ("--ema 0.99", "unrecognized arguments: --ema 0.99"),
         ("stray", "unrecognized arguments: stray"),
         ("--data no/such/place", "--data no/such/place: no whole cifar-10-batches-py"),
-        ("--data shapes --train-size 3", "--train-size 3: expected 0 (6,000) or 10 and more"),
+        ("--data shapes --train-size 3", "--train-size 3: expected 0 (6,000), or 10 to 200,000"),
+        ("--train-size 99999999999", "--train-size 99999999999: expected 0 (6,000), or 10 to 200,000"),
         (
             "--epochs 2 --warmup-epochs 5 --data shapes",
             "warm-up 5, ramp 0, anneal 0: expected at most 2 epochs",
@@ -99,7 +104,7 @@ def test_a_bad_flag_is_one_line_with_the_value_and_what_was_expected(refused, ar
     [
         ("AST_TARGET_ACTIVATIO", "0.3", "AST_TARGET_ACTIVATIO=0.3: expected AST_ and the name of a setting"),
         ("AST_", "3", "AST_=3: expected"),
-        ("AST_EPOCHS", "ten", "AST_EPOCHS= ten: expected a whole number in [1, inf)"),
+        ("AST_EPOCHS", "ten", "AST_EPOCHS= ten: expected a whole number in [1, 100000]"),
         ("AST_RESUME", "maybe", "AST_RESUME= maybe: expected 1 or 0"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -184,6 +185,24 @@ def write_text(content, path):
     path.write_text(content)
 
 
+def recursive():
+    """A dict that holds itself, twice: it has no end, and doubles at every step."""
+    one: dict[str, object] = {}
+    one.update(one=one, again=one)
+    return one
+
+
+def save_changed(change, path):
+    state = resnet18().state_dict()
+    torch.save(state | {"conv1.weight": change(state["conv1.weight"])}, path)
+
+
+ODD_TENSORS = {
+    "sparse": lambda value: value.to_sparse(),
+    "quantised": lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8),
+    "meta": lambda value: value.to("meta"),
+}
+
 BAD_WEIGHTS = {  # what is in the file, how it was written, and what is said of it
     "absent": (None, lambda content, path: None, "No such file"),
     "text": ("no weights", write_text, ""),
@@ -201,9 +220,20 @@ BAD_WEIGHTS = {  # what is in the file, how it was written, and what is said of 
     "objects of long ago": (Evil(), save_old, "GLOBAL print"),
     "truncated": (None, lambda content, path: shutil.copy(path.with_name(PUBLISHED), path), ""),
     "no safetensors": ("no weights", write_text, ""),
+    "itself": (recursive(), torch.save, "no state dict, but dict"),
+    "names that are no text": (
+        {number: torch.ones(3) for number in (1, b"2", (3,))},
+        torch.save,
+        "such as 1;",
+    ),
+    "a pipe": (None, lambda content, path: os.mkfifo(path), "a pipe, a socket or a device"),
+    **{
+        kind: (change, save_changed, "conv1.weight is sparse, quanti") for kind, change in ODD_TENSORS.items()
+    },
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*(sparse|quantize|TypedStorage)")
 @pytest.mark.parametrize("kind", BAD_WEIGHTS)
 def test_bad_weights_are_refused_in_one_sentence_that_names_what_is_there(
     imagenet, tmp_path, published, kind, capfd

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import socket
 import subprocess
 import sys
 import zipfile
@@ -14,9 +15,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import ROOT
-from PIL import Image
+from PIL import Image, ImageFile
 
 import data_setup
+from data_setup import __main__ as command_line
 from data_setup import images
 
 KINDS = {".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP", ".avif": "AVIF", ".ppm": "PPM", ".png": "PNG"}
@@ -322,6 +324,53 @@ def test_a_file_too_large_is_lost_in_all_three(cifar, imagenet, tmp_path, monkey
     assert path.stat().st_size > 100
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes among its files")
+def test_where_a_reader_would_wait_for_ever_is_no_file_to_all_three(readers, cifar, imagenet, tmp_path):
+    """A pipe, a socket, a device: as one of the images they are lost, as the data set they are refused."""
+    (tmp_path / "cat").mkdir()
+    os.mkfifo(tmp_path / "cat" / "pipe.jpg")
+    (tmp_path / "cat" / "device.jpg").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(tmp_path / "cat" / "socket.jpg"))
+    names, setup = [f"cat/{name}.jpg" for name in ("pipe", "device", "socket")], object.__new__(images.Images)
+    setup.path, setup.archive = tmp_path, None
+    for row, name in enumerate(names):
+        for read in (imagenet.Photos(tmp_path, names).read, lambda row, name=name: setup.content(name)):
+            with pytest.raises(ValueError, match="a pipe, a socket or a device"):
+                read(row)
+        assert f"{name}: a pipe, a socket or a device" in cifar.decode_all(tmp_path, [name])[1][0]
+    errors = cifar.BadInput, imagenet.BadInput, data_setup.BadInput
+    for read, error in zip(readers, errors, strict=True):
+        with pytest.raises(error, match="a pipe, a socket or a device"):
+            read(tmp_path / "cat" / "pipe.jpg")
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png", ".tiff"])
+def test_of_many_frames_one_is_decoded(cifar, imagenet, monkeypatch, suffix):
+    frames, decoded = [Image.new("RGB", (40, 40), (9 * i, 0, 0)) for i in range(9)], []
+    load = ImageFile.ImageFile.load
+    frames[0].save(raw := io.BytesIO(), images.SUFFIXES[suffix], save_all=True, append_images=frames[1:])
+    monkeypatch.setattr(
+        ImageFile.ImageFile, "load", lambda image: decoded.append(image.tell()) or load(image)
+    )
+    for pixels in read_all(cifar, imagenet, raw.getvalue()):
+        assert pixels[..., 0].max() < 5
+    assert set(decoded) <= {0}
+
+
+def test_an_error_names_a_few_of_twenty_thousand_classes(readers, cifar, imagenet, monkeypatch):
+    many = [f"train/{number:06}/{i}.jpg" for number in range(20_000) for i in range(2)]
+    calls = {cifar: cifar.find_layout, imagenet: imagenet.find_layout, data_setup: images.find_layout}
+    for module, find in calls.items():
+        with pytest.raises(module.BadInput, match="only in train or only in val: 000001, 000002") as caught:
+            find(ROOT, [*many, "val/000000/1.jpg"], 0.2)
+        assert len(str(caught.value)) < 1000
+    classes, splits, _ = imagenet.find_layout(ROOT, many, 0.2)
+    assert (len(classes), len(splits["val"][0])) == (20_000, 20_000)
+    photos = SimpleNamespace(names=["Labels.json"], read=lambda row: b'{"000001": "a", "000002": "a"}')
+    assert imagenet.titles_of(classes, photos)[:3] == ["000000", "a (000001)", "a (000002)"]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_names_that_are_no_text_of_the_terminal_are_escaped(tmp_path, encoding):
@@ -337,9 +386,48 @@ def test_names_that_are_no_text_of_the_terminal_are_escaped(tmp_path, encoding):
     assert b"\\udcff" in found.stdout
 
 
-def test_class_names_are_text_that_can_be_written(readers, tmp_path):
-    root = write(tmp_path / "images", PLAIN)
-    (root / "dog").rename(root / os.fsdecode(b"dog\xff"))
-    for read in readers:
-        for label in read(root)[0]:
-            label.encode()
+HOSTILE = (
+    "\x1b]0;owned\x07\x1b[31m \u202egpj.exe \udcff \x9b2J \r\nx"  # a title, colours, order, no text, lines
+)
+
+
+@pytest.fixture
+def hostile(tmp_path):
+    """Class folders whose names, like those of files in them, would steer a terminal; one image is broken."""
+    names = " ".join(f"{label}/{number}.jpg" for label in ("cat", "dog") for number in range(60))
+    root = write(tmp_path / "images", names)
+    (root / "cat" / "1.jpg").write_bytes(b"")
+    (root / "cat" / "1.jpg").rename(root / "cat" / f"{HOSTILE}.jpg")
+    (root / "cat" / f"note.{HOSTILE}").write_text("no image")
+    (root / "dog").rename(root / f"dog{HOSTILE}")
+    return root.rename(tmp_path / f"images{HOSTILE}")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+def test_names_reach_people_as_text_that_does_nothing(cifar, imagenet, hostile, tmp_path):
+    own = {"image_size": 32, "weights": "none", "model": "resnet18"}
+    for module, words in ((cifar, {}), (imagenet, own)):
+        said, out, escaped = [], str(tmp_path / "out"), module.printable(HOSTILE)
+        data = module.load_data(module.Settings(data=str(hostile), out=out, **words), said.append)
+        said += [data.name, data.source, module.describe(data), *data.classes, *data.unreadable]
+        said += module.overview(module.fill_defaults(module.Settings(data=str(hostile), **words)))
+        with pytest.raises(module.BadInput) as caught:
+            module.load_data(module.Settings(data=str(hostile / "cat"), out=out, **words), said.append)
+        assert all(text.isprintable() for text in [*said, str(caught.value)])
+        assert data.classes == ["cat", f"dog{escaped}"]
+        assert any("left out: 1 ." in text for text in said)
+        assert escaped.partition(" ")[0] in str(caught.value)
+    assert data.train_images.read(0), "and the file is found by its own name"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+@pytest.mark.parametrize("command", ["check", "pack", "check cat"])
+def test_data_setup_prints_names_as_text_that_does_nothing(hostile, tmp_path, capsys, command):
+    path = [str(hostile / command.partition(" ")[2]), "--workers", "1"]
+    more = ["--to", str(tmp_path / "packed"), "--side", "8"] if command == "pack" else []
+    status = command_line.main(["folder", command.split()[0], *path, *more])
+    out, err = capsys.readouterr()
+    bar = err.rpartition("\r")[2] if "\r" in err else err
+    assert status == {"check": 1, "pack": 0, "check cat": 2}[command]
+    assert all(line.isprintable() for line in [*out.split("\n"), *bar.split("\n")])
+    assert images.printable(HOSTILE).partition(" ")[0] in out + bar

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import json
+import os
 import re
 import struct
 import threading
@@ -186,7 +187,8 @@ def test_packed_arrays_are_mapped_and_never_read_whole(photos, tmp_path, deep):
      ({"val_images": np.zeros(4, np.uint8)}, "val: uint8 [4]"),
      ({"val_labels": np.zeros(4)}, "float64"),
      ({"train_labels": np.zeros(7, np.int64)}, "train: uint8"),
-     ({"val_labels": np.array([0, 1, 2, 0])}, "labels to 2")],
+     ({"val_labels": np.array([0, 1, 2, 0])}, "labels to 2"),
+     ({"train_labels": np.zeros(8, np.int64)}, "expected some of all 2 classes")],
 )  # fmt: skip
 def test_wrong_truncated_and_missing_packed_arrays_are_refused(photos, tmp_path, changes, words):
     write_packed(tmp_path, **changes)
@@ -196,6 +198,51 @@ def test_wrong_truncated_and_missing_packed_arrays_are_refused(photos, tmp_path,
     assert f"--data {tmp_path}: " in refusal(photos, load, photos, tmp_path)
     path.unlink()
     assert "val_images.npy" in refusal(photos, load, photos, tmp_path)
+
+
+HEADERS = ["(" * 5000, "{" * 100, "", "{'descr': '|u1', 'fortran_order': False, 'shape': 8}", "\x00\xff"]
+HEADERS += [f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({n}, 20, 20, 3)}}"
+            for n in (-1, True, 2**31, 2**63, 2**64, 10**30, "'8'", None, 0)]  # fmt: skip
+NAMES = [
+    b"[" * 100_000,
+    b"5",
+    b"null",
+    b'{"ant": 0, "bee": 1}',
+    b'"ab"',
+    b"\xff",
+    b"[]",
+    json.dumps([*"ab"] * 10**5),
+]
+
+
+SPOILT = [(name, head) for name in ("train_images.npy", "val_labels.npy") for head in HEADERS]
+SPOILT += [("classes.json", names) for names in NAMES]
+
+
+@pytest.mark.parametrize("spoilt", SPOILT, ids=lambda spoilt: str(spoilt)[:60])
+def test_odd_packed_arrays_are_refused_in_a_sentence(photos, tmp_path, spoilt):
+    name, content = spoilt
+    write_packed(tmp_path)
+    if name.endswith("npy"):
+        raw = content.encode("latin1")
+        content = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(raw) + 1) + raw + b"\n" + bytes(9600)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert refusal(photos, load, photos, tmp_path).startswith(f"--data {tmp_path}: ")
+
+
+def test_classes_without_a_picture_are_refused_before_a_model_is_made_for_them(photos, tmp_path):
+    write_packed(tmp_path)
+    put(tmp_path / "classes.json", json.dumps([f"class {i}" for i in range(200_000)]).encode())
+    assert "expected some of all 200000 classes" in refusal(photos, load, photos, tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes among its files")
+@pytest.mark.parametrize("name", ["val_images.npy", "classes.json"])
+def test_packed_arrays_are_not_waited_for_at_a_pipe(photos, tmp_path, name):
+    write_packed(tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    assert "a pipe, a socket or a device" in refusal(photos, load, photos, tmp_path)
 
 
 HUNDRED = [f"train.X{1 + i // 25}/n{i:08d}/a.jpg" for i in range(100)]

@@ -1,6 +1,7 @@
 """The model of a run in use: what `model.pt` holds, pictures and their classes, and what goes wrong."""
 
 import csv
+import os
 import shutil
 import subprocess
 import sys
@@ -205,6 +206,24 @@ def test_what_holds_no_picture_is_refused_in_one_sentence(program, trained, tmp_
     with pytest.raises(program.BadInput, match=rf"^{named}[^\n]*: [^\n]+; expected a picture, or a folder"):
         program.predict(named, chosen=trained)
     assert not (tmp_path / "out" / "predictions.csv").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes among its files")
+def test_what_files_say_is_printed_as_text_and_a_pipe_is_not_waited_for(program, trained, tmp_path, capsys):
+    escaped = program.printable(odd := "\x1b[31mred\u202e\n")
+    saved = torch.load(tmp_path / "out" / "model.pt", weights_only=True)
+    torch.save(saved | {"classes": [odd, "b", "c"]}, tmp_path / "out" / "model.pt")
+    pictures(tmp_path / "a", [f"{odd}.png"])
+    os.mkfifo(tmp_path / "a" / f"{odd}.jpg")
+    program.predict("a", chosen=trained)
+    out, err = capsys.readouterr()
+    assert out.startswith("1 of 2 files: ")
+    assert err == f"left out: a/{escaped}.jpg: a pipe, a socket or a device, not a file\n"
+    assert table(tmp_path / "out" / "predictions.csv")[0][0] == f"{odd}.png", "a program finds it by this"
+    program.predict(f"a/{odd}.png", chosen=trained)
+    assert escaped in capsys.readouterr().out
+    with pytest.raises(program.BadInput, match="a pipe, a socket or a device"):
+        program.predict(f"a/{odd}.jpg", chosen=trained)
 
 
 def test_stopped_it_writes_what_it_has(program, trained, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """The run from end to end: policies and seeds, what it writes and prints, where, and how it ends."""
 
+import contextlib
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from conftest import Script, changes, files, rows, small_net, summary, write_images
+from conftest import ROOT, changes, files, rows, small_net, summary, write_images
 
 import cifar10_ast as ast
 
@@ -525,10 +526,62 @@ def test_a_time_limit_is_a_clean_end(tmp_path, monkeypatch):
     assert set(found["measured"].values()) == {None}
 
 
+HANGS = """
+import sys, time, urllib.request
+sys.path.insert(0, {folder!r})
+import {program} as program
+
+def hang(*args, **kwargs):
+    print("it hangs", flush=True)
+    time.sleep(100)
+
+urllib.request.urlopen = lambda *args, **how: open(program.os.devnull)  # there is a network
+program.{function} = hang
+sys.argv[1:] = {flags!r}
+sys.exit(program.main())
+"""
+
+
+@contextlib.contextmanager
+def hanging(program, function, flags, folder):
+    """The process of a program that waits for ever in one of its functions, once it is there."""
+    named = {"program": program, "function": function, "flags": flags.split()}
+    code, pipe = HANGS.format(folder=str(ROOT / "standalone"), **named), subprocess.PIPE
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=folder, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            assert any(line == "it hangs\n" for line in process.stdout), process.stderr.read()
+            yield process
+        finally:
+            process.kill()
+
+
+BEFORE_A_RUN = [  # where it waits: for a server, a disk, in threads that decode, for a picture to be drawn
+    ("cifar10_ast", "download_and_extract_archive", "--data cifar10", "SIGTERM"),
+    ("cifar10_ast", "names_in", "--data images", "SIGHUP"),
+    ("cifar10_ast", "decode", "--data images", "SIGINT"),
+    ("cifar10_ast", "draw", "--data shapes", "SIGINT"),
+    ("cifar10_ast", "load_model", "--predict images", "SIGTERM"),
+    ("imagenet100_ast", "decode", "--data images --weights none --model resnet18 --probe-first", "SIGTERM"),
+    ("imagenet100_ast", "read_weights", "--data shapes --model resnet18 --image-size 32", "SIGHUP"),
+]
+
+
+@pytest.mark.parametrize("program,function,flags,name", BEFORE_A_RUN)
+def test_a_signal_before_there_is_a_run_ends_it_wherever_it_waits(tmp_path, program, function, flags, name):
+    write_images(tmp_path / "images", train=4, test=2)
+    with hanging(program, function, flags, tmp_path) as process:
+        process.send_signal(getattr(signal, name))
+        assert process.wait(20) == 128 + getattr(signal, name)
+        words = "Ctrl-C" if name == "SIGINT" else name
+        assert process.stderr.read().endswith(f"{words}: ended before there was anything to save\n")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_second_signal_ends_it_at_once(tmp_path):
-    with Script(tmp_path).start("--data", "shapes", "--train-size", 200_000) as process:  # draws for long
-        assert process.stdout.readline().startswith("cifar10_ast: 3 runs: ast, full, random")
+    flags = "--data shapes --train-size 40 --epochs 1 --device cpu"
+    with hanging("cifar10_ast", "evaluate", flags, tmp_path) as process:
         process.send_signal(signal.SIGTERM)
-        assert process.stderr.readline() == "SIGTERM: saving and stopping; once more to stop at once\n"
+        assert any("SIGTERM: saving and stopping; once more" in line for line in process.stderr)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == -signal.SIGTERM
