@@ -258,11 +258,11 @@ def watched_by_turns(data: ast.ImageData, seconds: float) -> tuple[bytes, int, d
     panel.image.observe(pictures.append, "value")
     run.listeners = [histories, lambda event, row: rows.append(row["seconds"]) if event == "epoch" else None]
     controls.deadline = time.monotonic() + seconds
-    worker = ast.Worker(lambda: run.train(epochs=4000))
+    training = ast.begin_work(lambda: run.train(epochs=4000))
 
     async def pump() -> None:
         async with ast.Pump() as turn:
-            while worker.is_alive():
+            while not training.done():
                 began = time.monotonic()
                 await turn()
                 if len(rows) // 4 % 2:
@@ -271,7 +271,7 @@ def watched_by_turns(data: ast.ImageData, seconds: float) -> tuple[bytes, int, d
                     panel.began += time.monotonic() - began
 
     asyncio.run(pump())
-    worker.result()
+    training.result()
     whole = range(2, len(rows) // 4)  # the first turn of each warms up
     times = {on: [sum(rows[4 * i : 4 * i + 4]) for i in whole if i % 2 == on] for on in (True, False)}
     return panel.image.value, len(pictures), times

@@ -64,7 +64,7 @@ def compact(
 def whitening(images: np.ndarray) -> nn.Conv2d:
     """A frozen 2x2 convolution onto the principal directions of patches, of unit variance each, and their
     negatives."""
-    some = ast.normalise(torch.as_tensor(np.asarray(images[:: max(1, len(images) // 5000)])))
+    some = ast.plain_view(torch.as_tensor(np.asarray(images[:: max(1, len(images) // 5000)])))
     patches = some.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12).double()
     patches = patches[:: max(1, len(patches) // 500_000)]
     values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))

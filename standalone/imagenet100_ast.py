@@ -105,6 +105,7 @@ import json
 import lzma
 import math
 import multiprocessing
+import operator
 import os
 import pickle
 import platform
@@ -130,7 +131,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import Field, InitVar, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import matplotlib
 import numpy as np
@@ -812,7 +813,7 @@ class Schedule:
 
     def side(self, epoch: int) -> float:
         """The side of an epoch's views, as a share of the whole side."""
-        stages = self.STAGES if self.progressive else ()
+        stages = self.STAGES if self.progressive and epoch < self.epochs - 1 else ()
         return next((side for until, side in stages if epoch < until * self.epochs), 1.0)
 
     def steps(self, first: int, target: float, n: int, batch_size: int) -> int:
@@ -957,35 +958,23 @@ def train_step(
     criterion: Callable[[Tensor, Tensor], Tensor],
     judge: Callable[[Tensor, Tensor, Tensor], Tensor],
     autocast: Callable[[], torch.autocast],
-    in_parts: Parts,
     clip_norm: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One optimiser step on a batch; `judge` gives significances, `in_parts` runs in halves when memory ends.
+    """One optimiser step on a batch; `judge` gives significances.
 
     Returns losses [B], significances [B] (NaN where the loss is not finite), and whether the step was taken,
     a bool; all still on the device. Raises BadInput for a criterion that gives no loss a sample.
     """
-    before, count = joined(float_buffers(model)), len(batch)
-    weights = batch.weights.to(batch.labels.device, non_blocking=True)
-
-    def backward(images: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        with autocast():
-            logits = model(images)
-        losses = criterion(logits.float(), labels)
-        check_losses(losses, labels)
-        finite = losses.detach().isfinite()
-        scaler.scale((torch.where(finite, losses, 0) * weights).sum() / count).backward()
-        return torch.stack([losses.detach(), judge(logits, labels, images)])
-
-    def restart() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        put_back(float_buffers(model), before)
-
+    before, weights = joined(float_buffers(model)), batch.weights.to(batch.labels.device, non_blocking=True)
     optimizer.zero_grad(set_to_none=True)
-    parts = in_parts(backward, batch.images, batch.labels, weights, restart=restart)
-    losses, scores = torch.cat(parts, dim=1)
-    taken = guarded_step(model, optimizer, scaler, before, clip_norm)
-    return losses, torch.where(losses.isfinite(), scores, math.nan), taken
+    with autocast():
+        logits = model(batch.images)
+    losses = criterion(logits.float(), batch.labels)
+    check_losses(losses, batch.labels)
+    finite = losses.detach().isfinite()
+    scaler.scale((torch.where(finite, losses, 0) * weights).sum() / len(batch)).backward()
+    scores = torch.where(finite, judge(logits, batch.labels, batch.images), math.nan)
+    return losses.detach(), scores, guarded_step(model, optimizer, scaler, before, clip_norm)
 
 
 # %% What may change while it trains [markdown] tags=["shared"]
@@ -1162,7 +1151,6 @@ class AdaptiveSparseTrainer:
         self.policy = policy or ("ast" if gate or config.gate in SCORED else config.gate)
         self.listeners = [print_table()] if listeners is None else list(listeners)
         self.controls = controls or Controls()
-        self.in_parts = Parts(self.device, lambda text: self.emit("notice", text=text))
         self.rates, self.seed, self.clip_norm, self.save = rates, seed, clip_norm, save
         self.rows, self.changes, self.resumed = [], [], False
         self.asks = optimizer is None and config.lr is None  # for an optimizer
@@ -1259,8 +1247,9 @@ class AdaptiveSparseTrainer:
             return give_up(self.gate, batch.indices)
         shape = learning_rate_shape(self.progress) * self.controls.values["learning_rate_factor"]
         set_rates(self.optimizer, self.peak_lrs, shape)
-        how = self.criterion, self.judge, self.autocast, self.in_parts, self.clip_norm
-        self.tally.add(batch, *train_step(self.model, self.optimizer, self.scaler, batch, *how))
+        how = self.criterion, self.judge, self.autocast, self.clip_norm
+        with enough_memory():
+            self.tally.add(batch, *train_step(self.model, self.optimizer, self.scaler, batch, *how))
         cost = self.ledger.costs[self.phase]
         cost.activated += len(batch)
         cost.flops += len(batch) * self.flops[mode_at("training", batch.images, self.train_source)]
@@ -1305,7 +1294,7 @@ class AdaptiveSparseTrainer:
 
 # %% Around the loop tags=["shared", "fold"]
 # @title Around the loop
-def make_gate(config: ASTConfig, source: Source, score: Callable[[Tensor, Tensor], Tensor]) -> object:
+def make_gate(config: ASTConfig, source: ArraySource, score: Callable[[Tensor, Tensor], Tensor]) -> object:
     """The gate that `config.gate` names, for the samples of `source`. Raises BadInput."""
     if config.gate == "live":
         return LiveGate(config, score)
@@ -1443,39 +1432,31 @@ def score_views(trainer: AdaptiveSparseTrainer, images: Tensor, labels: Tensor) 
     """Significance [m] of views [m, ...] with labels int64 [m], by the model as it is now; charged."""
     mode = mode_at("evaluation", images, trainer.train_source)
     trainer.ledger.costs["scoring"].flops += len(images) * trainer.flops[mode]
-
-    def forward(images: Tensor, labels: Tensor) -> Tensor:
+    with evaluating(trainer.model), trainer.autocast(), enough_memory():
         return trainer.judge(trainer.model(images), labels, images)
-
-    with evaluating(trainer.model), trainer.autocast():
-        return torch.cat(trainer.in_parts(forward, images, labels))
 
 
 def evaluate(trainer: AdaptiveSparseTrainer) -> float | None:
     """Accuracy on the validation set, percent; charged. None where a stop was asked for meanwhile."""
-
-    def hits(images: Tensor, labels: Tensor) -> Tensor:
-        with trainer.autocast():
-            return (trainer.model(images).argmax(1) == labels).sum()
-
     right, count = torch.zeros((), device=trainer.device), 0
     with trainer.ledger.charge("evaluation"), evaluating(trainer.model):
         for images, labels in trainer.val_source.in_order():
             if trainer.controls.stop:
                 return None
             count_flops(trainer, trainer.val_source, images, labels)
-            right += sum(trainer.in_parts(hits, images, labels))
+            with trainer.autocast(), enough_memory():
+                right += (trainer.model(images).argmax(1) == labels).sum()
             count += len(labels)
         trainer.ledger.costs["evaluation"].flops += count * trainer.flops.get("evaluation", 0.0)
         return 100 * float(right) / count
 
 
-def mode_at(mode: str, images: Tensor, source: Source) -> str:
+def mode_at(mode: str, images: Tensor, source: ArraySource) -> str:
     """What the FLOPs of a view in a mode are filed under: with its side, where that is not the whole one."""
     return mode if getattr(source, "side", 1.0) == 1 else f"{mode} at {images.shape[-1]} pixels"
 
 
-def count_flops(trainer: AdaptiveSparseTrainer, source: Source, images: Tensor, labels: Tensor) -> None:
+def count_flops(trainer: AdaptiveSparseTrainer, source: ArraySource, images: Tensor, labels: Tensor) -> None:
     """FLOPs a view of each mode, once a side, at nobody's cost. Raises BadInput for a model that does not
     fit."""
     modes = {mode_at(mode, images, source): mode == "training" for mode in ("evaluation", "training")}
@@ -1591,7 +1572,6 @@ def results_of(trainer: AdaptiveSparseTrainer) -> dict:
         "unit_energy": total.unit_energy,
         "joules_method": meter.method + (f" ({meter.reason})" if meter.reason else ""),
         "peak_memory_mib": peak_memory_mib(trainer.device),
-        "samples_at_once": int(min(trainer.in_parts.limit, trainer.train_source.batch_size)),
         "phases": phases,
         "epochs": trainer.rows,
         "changes": trainer.changes,
@@ -1645,7 +1625,6 @@ def state_of(trainer: AdaptiveSparseTrainer) -> dict:
         "controls": dict(trainer.controls.values),
         "candidates": trainer.controls.candidates,
         "unreadable": dict(trainer.train_source.unreadable),
-        "limit": trainer.in_parts.limit,
         **{name: getattr(trainer, name) for name in KEPT},
     }
 
@@ -1670,7 +1649,6 @@ def restore(trainer: AdaptiveSparseTrainer, state: dict) -> None:
     restore_random_states(trainer.device, state["random_states"])
     trainer.controls.values, trainer.controls.candidates = dict(state["controls"]), state["candidates"]
     trainer.train_source.unreadable = dict(state["unreadable"])
-    trainer.in_parts.limit = state["limit"]
 
 
 def random_states(device: torch.device) -> list:
@@ -2926,16 +2904,6 @@ def shapes(n_train: int = 6_000, n_val: int = 1_000, seed: int = 0) -> ImageData
 
 # %% Where samples come from tags=["shared", "fold"]
 # @title Where samples come from
-class Source(Protocol):
-    """What the trainer takes samples from; `__len__`, `stream` and `in_order` are as an ArraySource's."""
-
-    batch_size: int
-    side: float  # of the views of `stream`, as a share of the whole side; the trainer sets it
-    generator: torch.Generator  # what views are drawn with; checkpoints hold its state
-    unreadable: dict[int, str]  # index of each sample that could not be read, and why
-    remedy: str  # what to do where training waits for data
-
-
 def as_input(images: Tensor) -> Tensor:
     """A model's float32 input: uint8 becomes 0 to 1, colours that stand last go first, [B, C, H, W], and grey
     pictures, uint8 [B, H, W], get their one; what else there is stays."""
@@ -2977,9 +2945,7 @@ def as_labels(labels: object, classes: bool = True) -> Tensor:
     try:
         labels = torch.as_tensor(labels if isinstance(labels, Tensor) else np.asarray(labels))
     except (TypeError, ValueError) as error:
-        raise BadInput(
-            f"labels that are no numbers: expected those of classes ({one_line(error)})"
-        ) from error
+        raise BadInput(f"labels that are no numbers: expected class numbers ({one_line(error)})") from error
     if not classes:
         return labels if labels.is_floating_point() else labels.long()
     rows = labels.reshape(len(labels), labels[:1].numel() or 1)
@@ -3167,7 +3133,7 @@ def check_unreadable(unreadable: dict[int, str], count: int) -> None:
 
 def as_source(
     data: object, device: torch.device, batch_size: int | None, name: str, classes: bool = True
-) -> Source:
+) -> ArraySource | DatasetSource:
     """A source for a DataLoader, a map-style dataset or a pair of arrays; a source is taken as it is.
 
     classes: labels are made class numbers; else a loss of the user's own reads them.
@@ -3250,34 +3216,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-class Parts:
-    """Works on a batch in parts that memory has room for; whole ones, until it runs out."""
-
-    def __init__(self, device: torch.device, say: Callable[[str], None]):
-        self.device, self.say = device, say
-        self.limit = math.inf  # samples at a time
-
-    def __call__(self, work: Callable, *batch: Tensor, restart: Callable = lambda: None) -> list[Tensor]:
-        """`work` on each part of the tensors [B, ...]; where memory runs out, `restart` and halves of it.
-
-        Raises BadInput where two samples at a time are too many.
-        """
-        while True:
-            count = len(batch[0])
-            parts = max(1, min(math.ceil(count / self.limit), count // 2))  # batch norm needs two
-            try:
-                return [work(*part) for part in zip(*(t.tensor_split(parts) for t in batch), strict=True)]
-            except RuntimeError as error:
-                reason = one_line(error)
-                if not re.search("out of memory|DefaultCPUAllocator|ALLOC_FAILED", reason):  # GPU, CPU, cuDNN
-                    raise
-            restart()  # outside the except block, which holds on to what failed
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            if self.limit <= 2:
-                raise BadInput(f"two samples: expected memory for them ({reason}); choose a smaller model")
-            self.limit = math.ceil(min(self.limit, count) / 2)
-            self.say(f"out of memory: it goes on with at most {self.limit} samples at a time")
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Turns an error of memory in the block into BadInput."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search("out of memory|DefaultCPUAllocator|ALLOC_FAILED", str(error)):  # GPU, CPU, cuDNN
+            raise
+        raise BadInput(f"a batch: expected memory for it ({one_line(error)}); halve --batch-size") from error
 
 
 def guarded_step(
@@ -3376,73 +3323,47 @@ def flops_per_sample(model: nn.Module, images: Tensor, training: bool, autocast:
 
     images: a float batch [B, ...] of the resolution in question. Neither the model nor any RNG is touched.
     """
-    fast_path = torch.backends.mha.get_fastpath_enabled()
     devices = [images.device] if images.is_cuda else []
     exact = nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH)  # the CPU's fused attention has no formula
     with torch.random.fork_rng(devices=devices), exact, FlopCount() as counter:
-        torch.backends.mha.set_fastpath_enabled(False)  # the fast path is one operator without a formula
-        try:
-            twin = copy.deepcopy(model)
-            if not training:
-                twin.eval()
-            with torch.set_grad_enabled(training):
-                with autocast():
-                    logits = twin(images)
-                if training:
-                    logits.float().sum().backward()
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast_path)
+        twin = copy.deepcopy(model)
+        if not training:
+            twin.eval().requires_grad_()  # without gradients attention is one operator that has no formula
+        with torch.enable_grad():
+            with autocast():
+                logits = twin(images)
+            if training:
+                logits.float().sum().backward()
     return counter.get_total_flops() / len(images), sorted(counter.uncounted), logits
 
 
 class EnergyMeter:
-    """Joules since it was made, where a sensor measures them.
+    """Joules since it was made, by a GPU's own counter.
 
-    `method` is nvml-counter, nvml-polled or unavailable; `reason` says why, for the last. A sensor that fails
-    later becomes unavailable too, rather than stand still.
+    `method` is nvml-counter or unavailable, and `reason` says why: no NVIDIA GPU, one from before Volta, no
+    pynvml. A counter that fails later becomes unavailable too, rather than stand still.
     """
 
     def __init__(self, device: torch.device):
-        self.method, self.reason, self.total = "unavailable", f"no sensor for a {device.type}", 0.0
-        if device.type == "cuda":
-            self.method, self.reason = "nvml-counter", ""
-            self._guarded(self._open, device.index or 0)
+        self.method, self.reason = "nvml-counter", ""
+        self.index, self.start = device.index or 0, 0.0
+        if device.type != "cuda":
+            self.method, self.reason = "unavailable", f"no sensor for a {device.type}"
+        self.start = self.joules()
 
     def joules(self) -> float | None:
-        """Joules so far; None where there is no sensor."""
-        if self.method == "nvml-counter":
-            self._guarded(self._count)
-        return None if self.method == "unavailable" else self.total
-
-    def _guarded(self, work: Callable, *arguments: object) -> None:
+        """Joules so far; None where there is no counter."""
+        if self.method == "unavailable":
+            return None
         try:
-            work(*arguments)
+            import pynvml  # optional
+
+            pynvml.nvmlInit()  # counts its calls; only the first one costs anything
+            handle = pynvml.nvmlDeviceGetHandleByIndex(self.index)
+            return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000 - self.start
         except Exception as error:  # drivers fail in many ways, and none may stop the training
             self.method, self.reason = "unavailable", f"{type(error).__name__}: {one_line(error)}"
-
-    def _open(self, index: int) -> None:
-        import pynvml  # optional
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        try:
-            start = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)  # mJ
-        except pynvml.NVMLError:  # no counter before Volta, such as on P100
-            self.method = "nvml-polled"
-            work = self._poll, lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1000
-            threading.Thread(target=self._guarded, args=work, daemon=True, name="power").start()
-        else:
-            self._joules = lambda: (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - start) / 1000
-
-    def _count(self) -> None:
-        self.total = self._joules()
-
-    def _poll(self, watts: Callable[[], float], seconds: float = 0.05) -> None:
-        now, power = time.monotonic(), watts()
-        while True:
-            time.sleep(seconds)
-            before, now, last, power = now, time.monotonic(), power, watts()
-            self.total += (now - before) * 0.5 * (last + power)
+            return None
 
 
 @functools.cache
@@ -3453,7 +3374,7 @@ def energy_meter(device: torch.device) -> EnergyMeter:
 
 # %% The table tags=["shared", "fold"]
 # @title The table
-HEADER = "policy       epoch  phase   accuracy   loss  rate  target      θ     time     ETA"
+HEADER = "policy       epoch  phase   accuracy   loss  rate  target      θ    time     ETA"
 
 
 def clock(seconds: float) -> str:
@@ -3464,40 +3385,6 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
-class Progress:
-    """How far all runs together are; a listener."""
-
-    def __init__(self):
-        self.run: tuple[str, int] | None = None  # policy and seed in hand
-        self.planned: dict[tuple, tuple[int, float]] = {}  # of a run: epochs, and work in full epochs
-        self.trained: dict[tuple, tuple[int, float, float]] = {}  # epochs, share of the work, seconds
-
-    def __call__(self, event: str, data: dict) -> None:
-        if event == "plan":
-            self.planned = {(policy, seed): data["work"][policy] for policy, seed in data["left"]}
-        elif event == "start":
-            self.run = data["policy"], data["seed"]
-            work = self.planned.get(self.run, (0, 1.0))[1]
-            self.planned[self.run], self.trained[self.run] = (data["epochs"], work), (len(data["rows"]), 0, 0)
-        elif event == "chunk":
-            self.trained[self.run] = self.trained[self.run][0], data["progress"], data["seconds"]
-        elif event == "epoch":
-            share = 1.0 if data["epoch"] == data["epochs"] else self.trained[self.run][1]
-            self.trained[self.run] = data["epoch"], share, data["elapsed_seconds"]
-
-    def epochs(self) -> tuple[int, int]:
-        """Epochs trained, and epochs in all."""
-        return sum(t[0] for t in self.trained.values()), sum(epochs for epochs, _ in self.planned.values())
-
-    def outlook(self) -> tuple[float, float | None]:
-        """The share of the work that is done, and the seconds that the rest takes at the pace so far."""
-        trained = list(self.trained.items())  # it may grow meanwhile
-        whole = sum(work for _, work in list(self.planned.values())) or 1.0
-        done = sum(self.planned[run][1] * share for run, (_, share, _) in trained) / whole
-        seconds = sum(seconds for _, (*_, seconds) in trained)
-        return done, seconds * (1 / done - 1) if done and seconds > 3 else None
-
-
 def epoch_line(row: dict, number: str, left: float | None) -> str:
     """One row of the table. number: of the epoch among all. left: seconds to the end of all."""
     theta = "-" if row["threshold"] is None else f"{row['threshold']:.3f}"
@@ -3505,17 +3392,17 @@ def epoch_line(row: dict, number: str, left: float | None) -> str:
     return (
         f"{row['policy']:<11} {number:>7} {phase:<7} {row['val_accuracy']:>6.2f} % {row['train_loss']:>6.3f} "
         f"{row['activation_rate']:>5.3f} {row['target_activation']:>7.3f} {theta:>6} "
-        f"{clock(row['seconds']):>8} {'-' if left is None else clock(left):>7}"
+        f"{clock(row['seconds']):>7} {'-' if left is None else clock(left):>7}"
     )
 
 
 def print_table(bar: bool = True, say: Callable[[str], None] = tqdm.write) -> Callable[[str, dict], None]:
     """A listener: a row an epoch, and a progress bar within the epoch where there is a terminal."""
-    progress, shown = Progress(), None
+    histories, shown = Histories(), None
 
     def listen(event: str, data: dict) -> None:
         nonlocal shown
-        progress(event, data)
+        histories(event, data)
         if event == "start":
             say(HEADER)
         elif event == "notice":
@@ -3529,7 +3416,7 @@ def print_table(bar: bool = True, say: Callable[[str], None] = tqdm.write) -> Ca
             shown.close()
             shown = None
         if event == "epoch":
-            say(epoch_line(data, "/".join(map(str, progress.epochs())), progress.outlook()[1]))
+            say(epoch_line(data, "/".join(map(str, histories.epochs())), histories.outlook()[1]))
 
     return listen
 
@@ -3693,7 +3580,6 @@ class Run:
     controls: Controls
     finished: list[dict] = field(default_factory=list)  # results
     trainer: AdaptiveSparseTrainer | None = None  # in hand
-    progress: Progress = field(default_factory=Progress)
     foretold: bool = False
 
     def __post_init__(self):
@@ -3705,7 +3591,8 @@ class Run:
         fixed = {name: value for name, value in asdict(settings).items() if name not in FREE_ON_RESUME}
         digest = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
         self.identity = [VERSION, digest, contents(data)]  # of its checkpoints
-        self.listeners = [self.progress, functools.partial(record, self), *self.listeners]
+        self.histories = Histories()
+        self.listeners = [self.histories, functools.partial(record, self), *self.listeners]
 
     def execute(self) -> dict:
         """Trains what is not finished yet and returns the summary. Raises BadInput."""
@@ -3843,13 +3730,11 @@ class Run:
             stored = read_checkpoint(checkpoints(self.out / "checkpoints")[-1])
         except UNFIT:  # somebody deleted it meanwhile
             return
-        then, now = Ledger(self.trainer.ledger.meter), self.trainer.ledger.total()
-        then.load_state_dict(stored["trainer"]["ledger"])
-        before, repeated = then.total(), then.costs["repeated"]
-        repeated.seconds += now.seconds - before.seconds
-        if now.joules is not None:
-            repeated.joules = (repeated.joules or 0) + now.joules - (before.joules or 0)
-        stored["trainer"]["ledger"] = then.state_dict()
+        costs, now = stored["trainer"]["ledger"], asdict(self.trainer.ledger.total())
+        for unit in ("seconds", "joules"):
+            if now[unit] is not None:
+                before = sum(cost[unit] or 0 for cost in costs.values())
+                costs["repeated"][unit] = (costs["repeated"][unit] or 0) + now[unit] - before
         save_checkpoint(self.out / "checkpoints", stored)
 
     def results(self) -> list[dict]:
@@ -3901,7 +3786,7 @@ def record(run: Run, event: str, data: dict) -> None:
 def foretell(run: Run, chunk: dict) -> None:
     """Says, once it can be told, how long it takes, and where the time limit ends before an epoch can."""
     tally, limit = run.trainer.tally, run.settings.time_limit
-    share, left = tally.trained / (tally.n * chunk["rate"]), run.progress.outlook()[1]
+    share, left = tally.trained / (tally.n * chunk["rate"]), run.histories.outlook()[1]
     if share > 0.05 and (left or limit):
         run.foretold, expected = True, (chunk["train_seconds"] - tally.began) / share
         if left:
@@ -3961,19 +3846,16 @@ UNEQUAL = 1.5  # times as long: equal work that takes it says that something els
 def doubt(results: list[dict]) -> str | None:
     """Why the runs' seconds cannot be compared: equal work that took unequal time; None where they can."""
     for result in results:  # the first epoch of a process warms it up
-        full = [row["seconds"] for row in result["epochs"][1:] if row["target_activation"] == 1]
+        equal = 1.0, result["epochs"][-1]["resolution"]
+        rows = [row for row in result["epochs"][1:] if (row["target_activation"], row["resolution"]) == equal]
+        full = [row["seconds"] for row in rows]
         if full and max(full) > max(1, UNEQUAL * min(full)):
             return f"equal epochs of {result['policy']} took {min(full):.1f} to {max(full):.1f} s"
     seconds = {(r["policy"], r["seed"]): r["train_seconds"] for r in results if r["complete"]}
     scored = any(result["phases"]["scoring"]["seconds"] for result in results)
     for (policy, seed), chance in seconds.items():
-        gated = seconds.get(("ast", seed))
-        if (
-            policy == "random"
-            and gated
-            and not scored
-            and max(chance, gated) > max(1, UNEQUAL * min(chance, gated))
-        ):
+        gated = seconds.get(("ast", seed), 0) * (policy == "random" and not scored)
+        if gated and max(chance, gated) > max(1, UNEQUAL * min(chance, gated)):
             return f"as many samples took ast {gated:.1f} s and random {chance:.1f} s"
     return None
 
@@ -4003,12 +3885,15 @@ MEASURED = {  # of the first policy and the one beside it: which, what of it, ho
     "total_speedup_vs_full": ("full", "total_seconds", lambda a, b: b / a),
     "flops_saved_percent_vs_full": ("full", "flops", lambda a, b: 100 * (1 - a / b)),
     "joules_saved_percent_vs_full": ("full", "joules", lambda a, b: 100 * (1 - a / b)),
-    "accuracy_minus_full": ("full", "final_accuracy", lambda a, b: a - b),
-    "accuracy_minus_random": ("random", "final_accuracy", lambda a, b: a - b),
-    "accuracy_minus_short": ("short", "final_accuracy", lambda a, b: a - b),
-    "accuracy_minus_dense": ("dense", "final_accuracy", lambda a, b: a - b),
-    "accuracy_minus_dense-short": ("dense-short", "final_accuracy", lambda a, b: a - b),
 }
+RIVALS = {
+    "full": "plain training",
+    "random": "random selection of as many samples",
+    "short": "plain training of as few epochs",
+    "dense": "every sample at its pixels",
+    "dense-short": "as few epochs of every sample at its pixels",
+}
+MEASURED |= {f"accuracy_minus_{name}": (name, "final_accuracy", operator.sub) for name in RIVALS}
 
 
 def measured(policies: dict[str, dict], main: str) -> dict[str, float | None]:
@@ -4040,22 +3925,15 @@ def describe(data: ImageData) -> str:
 
 def table_of(policies: dict[str, dict]) -> list[str]:
     """Every policy side by side, a line each."""
-    lines = ["policy      accuracy activated   training     total  TFLOPs unit energy   joules"]
+    lines = ["policy      accuracy activated  training     total   TFLOPs unit energy   joules"]
     for name, p in policies.items():
         joules = "-" if p["joules"] is None else f"{p['joules']:.0f}"
         accuracy = "-" if p["final_accuracy"] is None else f"{p['final_accuracy']:.2f} %"
         lines.append(
-            f"{name:<11} {accuracy:>8} {100 * p['activation_rate']:>7.1f} % {p['train_seconds']:>8.1f} s "
-            f"{p['total_seconds']:>7.1f} s {p['flops'] / 1e12:>7.1f} {p['unit_energy']:>11.3g} {joules:>8}"
+            f"{name:<11} {accuracy:>8} {100 * p['activation_rate']:>7.1f} % {p['train_seconds']:>7.1f} s "
+            f"{p['total_seconds']:>7.1f} s {p['flops'] / 1e12:>8.1f} {p['unit_energy']:>11.3g} {joules:>8}"
         )
     return lines
-
-
-RIVALS = {"random": "random selection of as many samples", "short": "plain training of as few epochs"}
-RIVALS |= {
-    "dense": "every sample at its pixels",
-    "dense-short": "as few epochs of every sample at its pixels",
-}
 
 
 def saving(summary: dict) -> list[str]:
@@ -4099,7 +3977,7 @@ def caution(summary: dict) -> list[str]:
 def report(summary: dict) -> str:
     """The table at the end, then what was measured, whichever way it fell."""
     first, lines = next(iter(summary["policies"]), "ast"), saving(summary)
-    for name, words in RIVALS.items():
+    for name, words in list(RIVALS.items())[1:]:  # full's stands in the saving
         if (points := summary["measured"][f"accuracy_minus_{name}"]) is not None:
             ahead = "ahead of" if points > 0 else "not ahead of"
             lines.append(f"{first} is {ahead} {words}: {points:+.2f} points")
@@ -4229,9 +4107,8 @@ def show_mistakes(chosen: ASTConfig, data: ImageData) -> None:
     order, rows = np.argsort(chances[np.arange(len(labels)), labels]), {}
     for word, which in (("lowest", order[:10]), ("highest", order[:-11:-1])):
         title = f"Validation images of the {word} probability of their label: label, likeliest class"
-        captions = [
-            f"{names[labels[i]]}\n{names[found[i]][:8]} {100 * chances[i].max():.0f} %" for i in which
-        ]
+        shares = 100 * chances.max(1)
+        captions = [f"{names[labels[i]]}\n{names[found[i]][:8]} {shares[i]:.0f} %" for i in which]
         rows[title] = data.val_images[readable[which]], captions, np.zeros(len(which), bool)
     show_images(rows)
 
@@ -4481,7 +4358,7 @@ class History:
         self.policy, self.seed, self.epochs, self.changes = policy, seed, epochs, list(changes)
         self.colour = COLOURS.get(policy, "black")
         sums = "candidates activated epochs seconds energy energy_of_all heeded".split()
-        self.now = dict.fromkeys(sums, 0) | {"rate": 1.0, "target": 1.0}
+        self.now = dict.fromkeys(sums, 0) | {"rate": 1.0, "target": 1.0, "progress": 0.0}
         self.points = [self.now]  # what `now` was; holds x and y of `LINES`, as far as they were known
         self.row: dict = {}  # the newest epoch
         self.scores: tuple[np.ndarray, float | None] | None = None  # and θ, a rank among them
@@ -4504,7 +4381,7 @@ class History:
     def decided(self, data: dict) -> None:
         """Takes in a decision of the gate; keeps `POINTS` of them, and each that met a new target."""
         theta, before = getattr(data["gate"], "threshold", None), self.points[-1]
-        more = {name: data[name] for name in ("phase", "seconds", "joules")}
+        more = {name: data[name] for name in ("phase", "seconds", "joules", "progress")}
         more |= {"target": data["rate"], "threshold": theta, "heeded": len(self.changes)}
         more["epochs"] = self.row.get("epoch", 0) + data["candidates"] / data["n"]
         now = self.after(data["offered"], data["activated"], **more)
@@ -4521,6 +4398,7 @@ class History:
         """Takes in an epoch that has ended."""
         now = self.now | {"epochs": row["epoch"], "seconds": row["elapsed_seconds"]}
         now["TFLOPs, with evaluation"] = 1e-12 * row.get("flops", math.nan)  # nan: from an older checkpoint
+        now["progress"] = 1.0 if row["epoch"] == self.epochs else now["progress"]
         self.row, self.now = row, now
         self.points.append(now | {"accuracy": row["val_accuracy"]})
 
@@ -4534,22 +4412,36 @@ class Histories:
     """The histories of a session: a listener in the worker, read by the notebook's thread."""
 
     def __init__(self):
-        self.title, self.progress = "", Progress()  # title: of pictures
+        self.title = ""  # of pictures
         self.runs: list[History] = []  # the newest last
+        self.planned: dict[tuple, tuple[int, float]] = {}  # of a policy and seed: epochs, work in full epochs
 
     def __call__(self, event: str, data: dict) -> None:
-        self.progress(event, data)
         if event == "plan":
             self.title = "SYNTHETIC images" if data["synthetic"] else ""
+            self.planned = {(policy, seed): data["work"][policy] for policy, seed in data["left"]}
         elif event == "start":
-            names = ("policy", "seed", "epochs", "rows", "changes")
-            self.runs.append(History(*(data[name] for name in names)))
+            run = data["policy"], data["seed"]
+            self.planned[run] = data["epochs"], self.planned.get(run, (0, 1.0))[1]
+            others = [history for history in self.runs if (history.policy, history.seed) != run]
+            self.runs = [*others, History(*run, data["epochs"], data["rows"], data["changes"])]
         elif event == "chunk":
             self.runs[-1].decided(data)
         elif event == "epoch":
             self.runs[-1].ended(data)
         elif event == "control":
             self.runs[-1].changes.append(data)
+
+    def epochs(self) -> tuple[int, int]:
+        """Epochs trained, and epochs in all."""
+        return sum(h.row.get("epoch", 0) for h in self.runs), sum(e for e, _ in self.planned.values())
+
+    def outlook(self) -> tuple[float, float | None]:
+        """The share of the work that is done, and the seconds that the rest takes at the pace so far."""
+        whole = sum(work for _, work in list(self.planned.values())) or 1.0  # it may grow meanwhile
+        done = sum(self.planned[h.policy, h.seed][1] * h.now["progress"] for h in self.runs) / whole
+        seconds = sum(history.now["seconds"] for history in self.runs)
+        return done, seconds * (1 / done - 1) if done and seconds > 3 else None
 
 
 # %% Pictures tags=["shared", "fold"]
@@ -4677,25 +4569,21 @@ def kernel() -> object | None:
     return getattr(get_ipython(), "kernel", None)
 
 
-class Worker(threading.Thread):
-    """Runs `work` beside the notebook. A daemon, so that a restarted kernel never waits for it."""
+WORKER = "adaptive sparse training"  # its thread's name
 
-    NAME = "adaptive sparse training"
 
-    def __init__(self, work: Callable[[], dict]):
-        super().__init__(daemon=True, name=self.NAME)
-        self.work, self.outcome = work, Future()
-        self.start()
+def begin_work(work: Callable[[], dict]) -> Future:
+    """Runs `work` beside the notebook, in a daemon, so that a restarted kernel never waits for it."""
+    outcome = Future()
 
-    def run(self) -> None:
+    def run() -> None:
         try:
-            self.outcome.set_result(self.work())
-        except BaseException as error:  # raised again in the cell, by `result`
-            self.outcome.set_exception(error)
+            outcome.set_result(work())
+        except BaseException as error:  # raised again in the cell
+            outcome.set_exception(error)
 
-    def result(self) -> dict:
-        """What `work` returned; raises what it raised, with its traceback."""
-        return self.outcome.result()
+    threading.Thread(target=run, daemon=True, name=WORKER).start()
+    return outcome
 
 
 class Pump:
@@ -4829,7 +4717,7 @@ class Dashboard:
         self.told = now
         if runs[-1] is not self.shown:
             self._follow(runs[-1])
-        self.bar.value, left = self.histories.progress.outlook()
+        self.bar.value, left = self.histories.outlook()
         self.words.value = self._numbers(runs[-1], left)
         if changes != self.changes or now >= self.due:
             self.changes, self.image.value = changes, live_picture(self.histories)
@@ -4892,7 +4780,7 @@ async def run_live(settings: ASTConfig, data: ImageData | None = None, panel: ob
     panel: an `ipywidgets.VBox` that may be shown already; a new one if None. Interrupting the cell saves and
     stops. Raises what the run raises, and BadInput while another run is on.
     """
-    if any(thread.name == Worker.NAME for thread in threading.enumerate()):
+    if any(thread.name == WORKER for thread in threading.enumerate()):
         raise BadInput("another run in this notebook: expected none; wait until it has saved, then run again")
     controls, lines, histories = Controls(), queue.SimpleQueue(), Histories()
     settled = settings_for_run(settings)
@@ -4901,9 +4789,9 @@ async def run_live(settings: ASTConfig, data: ImageData | None = None, panel: ob
         dashboard.show()
     say = dashboard.say if dashboard else print
     listeners = [histories, print_table(False, lines.put)]
-    worker = Worker(lambda: run(settings, (), listeners, controls, lines.put, data))
+    worker = begin_work(lambda: run(settings, (), listeners, controls, lines.put, data))
     async with Pump() as pump:
-        while worker.is_alive() or not lines.empty():
+        while not worker.done() or not lines.empty():
             try:
                 await pump()
                 while not lines.empty():

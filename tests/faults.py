@@ -111,9 +111,9 @@ ledger: joules of the last stretch only > ledger every_second_and_joule
 FLOPs: of a batch, not of a sample > ledger flops_of_simple_cnn
 - return counter.get_total_flops() / len(images), sorted(counter.uncounted), logits
 + return counter.get_total_flops(), sorted(counter.uncounted), logits
-joules: the last power for the whole interval > ledger without_a_counter_power
-- self.total += (now - before) * 0.5 * (last + power)
-+ self.total += (now - before) * power
+joules: since the driver was loaded, not since the start > ledger the_counter_is_read
+- return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000 - self.start
++ return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
 ledger: the scoring pass is charged to the phase > trainer the_live_gate_reads
 - with trainer.ledger.charge("scoring"):
 + with trainer.ledger.charge(trainer.phase):
@@ -121,18 +121,18 @@ ledger: the scoring pass is charged to the phase > trainer the_live_gate_reads
 step: buffers that are not finite are not looked at > step a_step_where_something
 - ok = norm.isfinite() & after.isfinite().all().to(norm.device)
 + ok = norm.isfinite()
-step: the mean over a part, not over the batch > step a_step_in_halves
-- scaler.scale((torch.where(finite, losses, 0) * weights).sum() / count).backward()
-+ scaler.scale((torch.where(finite, losses, 0) * weights).mean()).backward()
+step: weights are left out > step a_step_has_the_losses
+- scaler.scale((torch.where(finite, losses, 0) * weights).sum() / len(batch)).backward()
++ scaler.scale(torch.where(finite, losses, 0).sum() / len(batch)).backward()
 step: a score stays where the loss is not finite > step a_sample_whose_loss
-- return losses, torch.where(losses.isfinite(), scores, math.nan), taken
-+ return losses, scores, taken
-out of memory: a step done again counts its batch twice > step a_step_that_is
-- put_back(float_buffers(model), before)
-+ put_back(float_buffers(model), joined(float_buffers(model)))
-out of memory: a sample may be left alone > step parts_fit_miss_nothing
-- parts = max(1, min(math.ceil(count / self.limit), count // 2))  # batch norm needs two
-+ parts = max(1, min(math.ceil(count / self.limit), count))  # batch norm needs two
+- scores = torch.where(finite, judge(logits, batch.labels, batch.images), math.nan)
++ scores = judge(logits, batch.labels, batch.images)
+out of memory: every error is taken for it > step memory_that_ends
+- if not re.search("out of memory|DefaultCPUAllocator|ALLOC_FAILED", str(error)):  # GPU, CPU, cuDNN
++ if not str(error):
+resolution: small views last an epoch too long > resolution sides_rise
+- return next((side for until, side in stages if epoch < until * self.epochs), 1.0)
++ return next((side for until, side in stages if epoch <= until * self.epochs), 1.0)
 evaluation: frozen batch norm thaws > step evaluating_gives_every_module
 - module.training = flag
 + module.training = True
@@ -165,15 +165,15 @@ resume: the gate forgets the phase of its selection > gate a_gate_restored_from
 resume: views are drawn with the state of the order's generator > resume cut_at_any_moment
 - trainer.train_source.generator.set_state(state["generators"][1])
 + trainer.train_source.generator.set_state(state["generators"][0])
-resume: how much memory has room for is not saved > resume what_a_person_set
-- "limit": trainer.in_parts.limit,
-+ "limit": math.inf,
+resume: a checkpoint of other settings is taken up > resume where_the_newest_checkpoint
+- if stored["identity"] != self.identity:
++ if stored["identity"][2] != self.identity[2]:
 checkpoints: the one before the newest is not kept > resume a_checkpoint_comes_back
 - for old in there[:-1]:
 + for old in there:
 checkpoints: a cut epoch that is trained again costs nothing > resume what_a_cut_epoch
-- repeated.seconds += now.seconds - before.seconds
-+ repeated.seconds += 0.0
+- costs["repeated"][unit] = (costs["repeated"][unit] or 0) + now[unit] - before
++ costs["repeated"][unit] = costs["repeated"][unit] or 0
 # --- data and sources ---
 views: an edge is repeated, not reflected > run a_view_is_the
 - return torch.where(index < size, index, 2 * (size - 1) - index)

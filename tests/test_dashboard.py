@@ -150,7 +150,7 @@ def test_the_numbers_tell_where_it_is_and_what_is_a_model(clock):
     [
         ({"threshold": None}, "no θ"),
         ({"joules": 1234.4}, "1234 J spent"),
-        ({"rate": 0.75, "scoring_flops": 2e12}, "FLOPs saved -"),  # dearer than training on all
+        ({"rate": 0.75, "flops": 2e12}, "FLOPs saved -"),  # dearer than training on all
         ({"flops_per_sample": {}}, "joules"),
         ({"rate": 1.0, "threshold": None}, "unit energy saved (a model) 0.0 %"),
     ],
@@ -179,7 +179,7 @@ def test_numbers_come_each_second_and_pictures_within_their_share_of_the_time(
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     panel, histories, _ = dashboard()
     begin(histories=histories, epochs=100)
-    histories.progress.outlook = lambda: (next(looks) / 1000, None)
+    histories.outlook = lambda: (next(looks) / 1000, None)
     for _ in range(6000):
         clock.now += 0.1
         panel.refresh()
@@ -281,13 +281,13 @@ def test_the_log_grows_as_plain_text_and_ends_folded_with_every_line(notebook, t
 
 def test_a_second_run_in_the_same_notebook_is_refused_while_one_is_on(notebook, tmp_path):
     done = threading.Event()
-    worker = ast.Worker(lambda: done.wait(60) and {})
+    first = ast.begin_work(lambda: done.wait(60) and {})
     try:
         with pytest.raises(ast.BadInput, match="another run"):
             live(tmp_path / "out")
     finally:
         done.set()
-        worker.join(60)
+        first.result(60)
 
 
 @pytest.mark.parametrize("fault", ["the numbers", "every picture after the first", "the last picture"])
@@ -309,7 +309,7 @@ def test_a_fault_in_drawing_loses_no_run(notebook, tmp_path, monkeypatch, fault)
     assert summary["complete"] and len(rows(tmp_path / "out")) == 40
     told = "no last picture" if "last" in fault else "the dashboard stands still from here on"
     assert told in notebook.log[-1]["text/plain"]
-    assert not [thread for thread in threading.enumerate() if isinstance(thread, ast.Worker)]
+    assert not [thread for thread in threading.enumerate() if thread.name == ast.WORKER]
 
 
 @pytest.mark.parametrize("how", ["KeyboardInterrupt", "cancelled"])

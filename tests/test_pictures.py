@@ -59,8 +59,17 @@ def go_on(histories, decisions, rate=0.5, threshold=0.6, scores=None, accuracy=N
         done = run.now["candidates"] + CHUNK
         share = done / (run.epochs * N)
         data = {"candidates": (done - 1) % N + 1, "n": N, "phase": "sparse", "rate": rate, "offered": CHUNK}
-        data |= {"activated": round(rate * CHUNK), "progress": share, "joules": None, "scoring_flops": 0.0}
-        data |= {"seconds": 20 * share, "flops_per_sample": {"training": 6e7}}
+        data |= {
+            "activated": round(rate * CHUNK),
+            "progress": share,
+            "joules": None,
+            "flops": 6e7 * run.now["activated"],
+        }
+        data |= {
+            "seconds": 20 * share,
+            "flops_per_sample": {"training": 6e7},
+            "trained": run.now["activated"],
+        }
         histories("chunk", data | {"gate": SimpleNamespace(threshold=threshold, scores=scores)} | more)
         if done % N == 0:
             row = {"epoch": done // N, "epochs": run.epochs, "seconds": 4.0}
@@ -126,7 +135,7 @@ def test_a_history_keeps_few_points_and_exact_totals(epochs, size, turns, seed):
         offered, activated = offered + more, activated + taken
         data = {"candidates": start + more, "n": n, "phase": "sparse", "rate": rate, "offered": more}
         data |= {"activated": taken, "gate": None, "progress": 0.5, "seconds": 1.0, "joules": None}
-        history.decided(data | {"flops_per_sample": {}, "scoring_flops": 0.0})
+        history.decided(data | {"flops_per_sample": {}, "flops": 0.0, "trained": 0})
         if start + more == n:
             history.ended({"epoch": epoch + 1, "elapsed_seconds": 1.0, "seconds": 1.0, "val_accuracy": 5.0})
     assert (history.now["candidates"], history.now["activated"]) == (offered, activated)
@@ -175,7 +184,7 @@ def assert_progress(seen):
 def test_progress_only_grows_and_ends_at_one_resumed_or_not(small_nets, tmp_path):
     histories, resumed, seen, controls = ast.Histories(), ast.Histories(), [], ast.Controls()
     plan = {"seeds": "0,1", "compare": "full,short"}
-    run(tmp_path / "whole", [histories, lambda *event: seen.append(histories.progress.outlook())], **plan)
+    run(tmp_path / "whole", [histories, lambda *event: seen.append(histories.outlook())], **plan)
     assert_progress(seen)
     runs = [(seed, policy) for seed in (0, 1) for policy in ("ast", "full", "short")]
     assert [(history.seed, history.policy) for history in histories.runs] == runs
@@ -186,7 +195,7 @@ def test_progress_only_grows_and_ends_at_one_resumed_or_not(small_nets, tmp_path
 
     assert not run(tmp_path / "cut", [stop], controls, **plan)["complete"]
     seen = []
-    watch = [resumed, lambda *event: seen.append(resumed.progress.outlook())]
+    watch = [resumed, lambda *event: seen.append(resumed.outlook())]
     assert run(tmp_path / "cut", watch, resume=True, **plan)["complete"]
     assert_progress(seen)
     before, again = (h.line("epochs", "accuracy") for h in (histories.runs[1], resumed.runs[0]))
@@ -195,13 +204,13 @@ def test_progress_only_grows_and_ends_at_one_resumed_or_not(small_nets, tmp_path
 
 def test_the_time_to_go_is_what_is_left_at_this_pace():
     histories = ast.Histories()
-    assert histories.progress.outlook() == (0, None)
+    assert histories.outlook() == (0, None)
     work, left = {"ast": (4, 100.0), "full": (4, 300.0)}, [("ast", 1), ("full", 1)]
     histories("plan", {"work": work, "left": left, "synthetic": False})
     go_on(begin(histories=histories, seed=1), 10)  # an eighth of the first, in 2.5 seconds
-    assert histories.progress.outlook() == (pytest.approx(12.5 / 400), None), "too early to tell"
+    assert histories.outlook() == (pytest.approx(12.5 / 400), None), "too early to tell"
     go_on(histories, 30)
-    share, left = histories.progress.outlook()
+    share, left = histories.outlook()
     assert share == pytest.approx(50 / 400) and left == pytest.approx(350 * 10 / 50)
 
 
@@ -215,7 +224,7 @@ ODD = {  # what a gate may say of itself
     "scores all zero": {"scores": torch.zeros(50)},
     "scores all equal": {"scores": torch.full((50,), 2.3)},
     "joules": {"joules": 1234.5},
-    "dearer than all": {"rate": 0.9, "scoring_flops": 2e12},
+    "dearer than all": {"rate": 0.9, "flops": 2e12},
 }
 
 

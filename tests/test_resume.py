@@ -101,7 +101,7 @@ def test_a_trainer_goes_on_from_the_end_of_any_epoch_to_the_same_bits(kind):
         assert torch.equal(whole.times_activated, other.times_activated)
 
 
-def test_what_a_person_set_and_what_was_learned_of_the_data_and_of_memory_go_on():
+def test_what_a_person_set_and_what_was_learned_of_the_data_go_on():
     class Broken(Chance):
         def __getitem__(self, index):
             if index == 7 and len(states) < 3:
@@ -115,7 +115,6 @@ def test_what_a_person_set_and_what_was_learned_of_the_data_and_of_memory_go_on(
     controls.set("target_activation", 0.2)
     controls.set("learning_rate_factor", 0.5)
     whole = trainer_of(data=Broken(), controls=controls, states=states)
-    whole.in_parts.limit = 4
     results = whole.train(epochs=6)
     other = trainer_of(data=Broken())
     ast.restore(other, states[3])
@@ -123,7 +122,6 @@ def test_what_a_person_set_and_what_was_learned_of_the_data_and_of_memory_go_on(
     assert untimed(resumed["epochs"]) == untimed(results["epochs"])
     assert resumed["epochs"][-1]["candidates"] == 119, "an unreadable sample is not asked for again"
     assert other.train_source.unreadable == {7: "cannot identify image file"}
-    assert resumed["samples_at_once"] == results["samples_at_once"] == 4
     assert other.controls.values == {"target_activation": 0.2, "learning_rate_factor": 0.5}
     assert [change["new"] for change in resumed["changes"]] == [0.2, 0.5]
 
@@ -401,7 +399,7 @@ MISFITS = {
 }
 KEYS = ("identity", "finished", "skipped", "trainer")
 MISFITS |= {f"without {key}": with_state(lambda state, key=key: state.pop(key) and None) for key in KEYS}
-KEYS = ("gate", "optimizer", "ledger", "schedule", "generators", "random_states", "rows", "progress", "limit")
+KEYS = ("gate", "optimizer", "ledger", "schedule", "generators", "random_states", "rows", "progress")
 MISFITS |= {
     f"trainer without {key}": with_state(lambda state, key=key: state["trainer"].pop(key) and None)
     for key in KEYS

@@ -442,7 +442,7 @@ def test_listeners_are_told_in_order_what_the_run_does(loaders, model):
     assert [chunk["rate"] for chunk in chunks[::20]] == [1, 0.7, 0.4, 1]
     assert sum(chunk["offered"] for chunk in chunks) == results["candidates"]
     assert sum(chunk["activated"] for chunk in chunks) == results["activated"]
-    for key in ("seconds", "train_seconds", "scoring_flops"):
+    for key in ("seconds", "train_seconds", "flops"):
         assert [chunk[key] for chunk in chunks] == sorted(chunk[key] for chunk in chunks)
     assert chunks[-1]["flops_per_sample"] == results["flops_per_sample"]
     epochs = [data for event, data in told if event == "epoch"]
