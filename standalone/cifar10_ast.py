@@ -1452,7 +1452,7 @@ def count_flops(trainer: AdaptiveSparseTrainer, source: ArraySource, images: Ten
     began, first = time.perf_counter(), not trainer.flops
     with trainer.ledger.charge(None):
         for mode, training in modes.items():
-            few = images[:2]
+            few = images[[0, -1]]  # batch norm needs two
             try:
                 trainer.flops[mode], uncounted, logits = flops_per_sample(
                     trainer.model, few, training, trainer.autocast
@@ -2965,7 +2965,7 @@ def check_losses(losses: Tensor, labels: Tensor) -> None:
 
 def check_outputs(logits: object, labels: Tensor) -> None:
     """Raises BadInput unless `logits` are [samples, classes], and labels [B] lie below the classes."""
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != min(2, len(labels)):
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 2:
         what = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise BadInput(f"a model that returns {what}: expected logits [samples, classes]")
     low, high, classes = int(labels.min()), int(labels.max()), logits.shape[1]
@@ -3058,7 +3058,7 @@ def clock(seconds: float) -> str:
 def epoch_line(row: dict, number: str, left: float | None) -> str:
     """One row of the table. number: of the epoch among all. left: seconds to the end of all."""
     theta = "-" if row["threshold"] is None else f"{row['threshold']:.3f}"
-    phase = "-" if row["policy"] in ("full", "short") else row["phase"]
+    phase = "-" if row["policy"] in ("full", "short", "dense", "dense-short") else row["phase"]
     return (
         f"{row['policy']:<11} {number:>7} {phase:<7} {row['val_accuracy']:>6.2f} % {row['train_loss']:>6.3f} "
         f"{row['activation_rate']:>5.3f} {row['target_activation']:>7.3f} {theta:>6} "
@@ -4052,7 +4052,7 @@ class History:
     def decided(self, data: dict) -> None:
         """Takes in a decision of the gate; keeps `POINTS` of them, and each that met a new target."""
         theta, before = getattr(data["gate"], "threshold", None), self.points[-1]
-        more = {name: data[name] for name in ("phase", "seconds", "joules", "progress")}
+        more = {name: data[name] for name in ("phase", "seconds", "joules", "progress", "resolution")}
         more |= {"target": data["rate"], "threshold": theta, "heeded": len(self.changes)}
         more["epochs"] = self.row.get("epoch", 0) + data["candidates"] / data["n"]
         now = self.after(data["offered"], data["activated"], **more)
@@ -4412,6 +4412,7 @@ class Dashboard:
         if "phase" not in now:
             return parts[0]
         parts += [now["phase"], f"{clock(now['seconds'])} spent"]
+        parts += [f"{now['resolution']} pixels"] if now["resolution"] else []
         parts += [] if left is None else [f"about {clock(left)} to go"]
         parts += [f"accuracy {row['val_accuracy']:.2f} %"] if row else []
         parts += [f"activation {now['rate']:.3f}, target {now['target']:.3f}"]

@@ -133,7 +133,7 @@ def test_the_numbers_tell_where_it_is_and_what_is_a_model(clock):
     go_on(histories, 30, rate=0.5)  # of 80
     told = look(panel, clock)
     for words in (
-        "epoch 2 of 4 · sparse · 8 s spent · about 12 s to go · accuracy 32.50 %",
+        "epoch 2 of 4 · sparse · 8 s spent · 32 pixels · about 12 s to go · accuracy 32.50 %",
         "activation 0.500, target 0.500 · θ 0.600",
         "unit energy saved (a model) 49.5 % · FLOPs saved 50.0 % · joules: no sensor",
     ):

@@ -69,6 +69,7 @@ def go_on(histories, decisions, rate=0.5, threshold=0.6, scores=None, accuracy=N
             "seconds": 20 * share,
             "flops_per_sample": {"training": 6e7},
             "trained": run.now["activated"],
+            "resolution": 32,
         }
         histories("chunk", data | {"gate": SimpleNamespace(threshold=threshold, scores=scores)} | more)
         if done % N == 0:
@@ -135,7 +136,7 @@ def test_a_history_keeps_few_points_and_exact_totals(epochs, size, turns, seed):
         offered, activated = offered + more, activated + taken
         data = {"candidates": start + more, "n": n, "phase": "sparse", "rate": rate, "offered": more}
         data |= {"activated": taken, "gate": None, "progress": 0.5, "seconds": 1.0, "joules": None}
-        history.decided(data | {"flops_per_sample": {}, "flops": 0.0, "trained": 0})
+        history.decided(data | {"flops_per_sample": {}, "flops": 0.0, "trained": 0, "resolution": None})
         if start + more == n:
             history.ended({"epoch": epoch + 1, "elapsed_seconds": 1.0, "seconds": 1.0, "val_accuracy": 5.0})
     assert (history.now["candidates"], history.now["activated"]) == (offered, activated)

@@ -54,6 +54,12 @@ def test_flops_are_counted_at_the_side_that_was_seen(gate):
     assert (phases["scoring"]["flops"] > 0) == (gate == "live")
 
 
+def test_a_lone_sample_at_a_new_side_is_no_obstacle():
+    run = trainer(resolution="progressive", target_activation=0.01, batch_size=2)
+    run.model.insert(1, nn.BatchNorm2d(4))
+    assert run.train()["complete"]
+
+
 def test_a_run_goes_on_at_the_side_where_it_was():
     states, whole = [], trainer(resolution="progressive")
     whole.save = lambda: states.append(ast.state_of(whole))
