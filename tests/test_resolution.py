@@ -56,7 +56,7 @@ def test_flops_are_counted_at_the_side_that_was_seen(gate):
 
 def test_a_lone_sample_at_a_new_side_is_no_obstacle():
     run = trainer(resolution="progressive", target_activation=0.01, batch_size=2)
-    run.model.insert(1, nn.BatchNorm2d(4))
+    run.model.insert(3, nn.BatchNorm1d(4))
     assert run.train()["complete"]
 
 
