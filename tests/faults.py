@@ -130,7 +130,7 @@ step: a score stays where the loss is not finite > step a_sample_whose_loss
 out of memory: every error is taken for it > step memory_that_ends
 - if not re.search("out of memory|DefaultCPUAllocator|ALLOC_FAILED", str(error)):  # GPU, CPU, cuDNN
 + if not str(error):
-resolution: small views last an epoch too long > resolution sides_rise
+resolution: small views last an epoch too long > resolution flops_are_counted
 - return next((side for until, side in stages if epoch < until * self.epochs), 1.0)
 + return next((side for until, side in stages if epoch <= until * self.epochs), 1.0)
 evaluation: frozen batch norm thaws > step evaluating_gives_every_module
