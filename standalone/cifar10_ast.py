@@ -145,7 +145,7 @@ except ImportError:  # Windows
 # @title What can be set
 SCORED = ("remembered", "live")  # gates that look at significance
 GATES = (*SCORED, "random", "full")
-RESOLUTIONS = ("auto", "full", "progressive")
+RESOLUTIONS = ("full", "progressive")
 SIGNIFICANCES = ("loss", "loss+entropy", "loss+intensity", "gradient")
 
 
@@ -213,7 +213,7 @@ class ASTConfig:
     temperature: float = option(0.25, "(0, inf)", "T, softness of the gate in ranks; 0.1 chooses strictly")
     guard: bool = option(True, "", "rank as average what stays hard visit after visit")
     balance: bool = option(False, "", "activate as many of every class, for classes that are rare")
-    resolution: str = option("auto", RESOLUTIONS, "pixels of a step: full, or progressive, fewer at first")
+    resolution: str = option("full", RESOLUTIONS, "pixels of a step: all, or fewer at first")
     feedforward: bool = option(True, "", "solve for θ; off is the pure PI of the original reports")
     initial_threshold: float = option(0.5, "(-inf, inf)", "θ at the start of the pure PI, on the rank scale")
     adapt_kp: float = option(0.005, "[0, inf)", "proportional gain of the pure PI, θ per rate")
@@ -748,9 +748,8 @@ class LiveGate:
 # *progress* in [0, 1], not the step number: each step moves it by (1 − progress) / (steps remaining at the
 # current target), so the rate stays continuous and ends at zero whatever happens to the target on the way.
 #
-# A network learns coarse things first, and coarse things need few pixels. With `progressive` resolution the
-# first epochs see small views, which cost by the square of their side, and the last ones see whole ones.
-# Evaluation sees whole ones always.
+# With `progressive` resolution the first epochs see small views, which cost by the square of their side, and
+# the last ones see whole ones. Evaluation sees whole ones always.
 
 
 # %% The schedule tags=["shared"]
@@ -3267,7 +3266,6 @@ class Run:
     def execute(self) -> dict:
         """Trains what is not finished yet and returns the summary. Raises BadInput."""
         words = f"{describe(self.data)}, in batches of {self.settings.batch_size}"
-        words += ", few pixels first" * (self.settings.resolution == "progressive")
         self.say(textwrap.fill(words, 80, subsequent_indent="  ", break_long_words=False))
         if self.settings.resume:
             with held(self.out):
@@ -3833,17 +3831,16 @@ def settings_for_run(settings: ASTConfig, arguments: Iterable[str] = ()) -> ASTC
 
 
 def fitted(settings: ASTConfig, data: ImageData) -> ASTConfig:
-    """The settings with the device's batch size, or a smaller one that leaves 20 steps an epoch, and the
-    resolution that suits the model. Raises BadInput."""
+    """The settings with the device's batch size, or a smaller one that leaves 20 steps an epoch.
+
+    Raises BadInput for progressive resolution where the model's views have one size.
+    """
     usual = default_recipe(torch.device(settings.device), None)["batch_size"]
     size = max(2, min(usual, len(data.train_labels) // 20))
-    scratch = getattr(settings, "weights", "none") == "none"  # few pixels hurt weights that saw many
-    small = settings.resolution == "progressive" or (settings.resolution == "auto" and scratch)
-    resolution = "progressive" if small and takes_small_views(settings) else "full"
-    if settings.resolution == "progressive" != resolution:
+    if settings.resolution == "progressive" and not takes_small_views(settings):
         found = f"{settings.model}, whose views have one size"
         raise BadInput(f"--resolution progressive: expected full for {found}; or choose another --model")
-    return replace(settings, batch_size=settings.batch_size or size, resolution=resolution)
+    return replace(settings, batch_size=settings.batch_size or size)
 
 
 def settings_of_run(settings: ASTConfig) -> ASTConfig:
