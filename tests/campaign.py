@@ -3,8 +3,8 @@
     python tests/campaign.py --kills 200 --signals 40 --damages 300
 
 Each trial runs a program as a user does, alone in a folder, with two seeds and every policy. The counts are
-printed, then a line for each trial that went wrong; exit status 1 if there were any. The suite runs a short
-version.
+printed as they grow, and at the end a line for each trial that went wrong; exit status 1 if there were any. The
+suite runs a short version.
 """
 
 import argparse
@@ -153,11 +153,13 @@ def campaign(kills: int, signals: int, damages: int, seed: int | None = None) ->
                 counts[name] += count
                 longest = max(longest, wait if name == "signals" else 0)
                 faults += [f"{trials.program}, {name}: {fault}"] if fault else []
+                print(f"{counts}, {len(faults)} wrong, at most {longest:.1f} s to the end", flush=True)
         runs = [trials.cut() for trials in both if damages]
         for number in range(damages):
             trials = both[number % 2]
             if fault := trials.damaged(runs[number % 2]):
                 faults.append(f"{trials.program}: {fault}")
+            print(f"{number + 1} damages, {len(faults)} wrong", flush=True)
     print(f"{counts} and {damages} damages: {len(faults)} wrong; {longest:.1f} s from a signal to the end")
     return faults
 
