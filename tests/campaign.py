@@ -3,8 +3,8 @@
     python tests/campaign.py --kills 200 --signals 40 --damages 300
 
 Each trial runs a program as a user does, alone in a folder, with two seeds and every policy. The counts are
-printed as they grow, and at the end a line for each trial that went wrong; exit status 1 if there were any. The
-suite runs a short version.
+printed as they grow, and at the end a line for each trial that went wrong; exit status 1 if there were any.
+The suite runs a short version.
 """
 
 import argparse
