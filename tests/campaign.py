@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -137,18 +138,20 @@ class Trials:
         return "cut"
 
 
-def campaign(kills: int, signals: int, damages: int, seed: int | None = None) -> list[str]:
-    """Tries so many on both programs together; tells what went wrong, and prints the counts."""
+def campaign(
+    kills: int, signals: int, damages: int, seed: int | None = None, programs: Iterable[str] = PROGRAMS
+) -> list[str]:
+    """Tries so many on the programs together; tells what went wrong, and prints the counts."""
     chance, faults, counts, longest = random.Random(seed), [], {}, 0.0
     with tempfile.TemporaryDirectory() as place:
-        both = [Trials(program, Path(place) / program, chance) for program in PROGRAMS]
+        both = [Trials(program, Path(place) / program, chance) for program in programs]
         for name, hows, wanted in (
             ("kills", (signal.SIGKILL,), kills),
             ("signals", (signal.SIGTERM, signal.SIGINT, signal.SIGHUP), signals),
         ):
             counts[name] = 0
             while counts[name] < wanted:
-                trials = both[chance.randrange(2)]
+                trials = chance.choice(both)
                 fault, count, wait = trials.disturbed(chance.choice(hows), min(4, wanted - counts[name]))
                 counts[name] += count
                 longest = max(longest, wait if name == "signals" else 0)
@@ -156,8 +159,8 @@ def campaign(kills: int, signals: int, damages: int, seed: int | None = None) ->
                 print(f"{counts}, {len(faults)} wrong, at most {longest:.1f} s to the end", flush=True)
         runs = [trials.cut() for trials in both if damages]
         for number in range(damages):
-            trials = both[number % 2]
-            if fault := trials.damaged(runs[number % 2]):
+            trials, run = both[number % len(both)], runs[number % len(both)]
+            if fault := trials.damaged(run):
                 faults.append(f"{trials.program}: {fault}")
             print(f"{number + 1} damages, {len(faults)} wrong", flush=True)
     print(f"{counts} and {damages} damages: {len(faults)} wrong; {longest:.1f} s from a signal to the end")

@@ -6,4 +6,4 @@ import pytest
 
 @pytest.mark.slow
 def test_nothing_is_lost_or_mixed_up():
-    assert campaign.campaign(kills=3, signals=2, damages=4) == []
+    assert campaign.campaign(kills=2, signals=1, damages=2, programs=["cifar10_ast"]) == []
