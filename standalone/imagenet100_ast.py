@@ -1462,13 +1462,12 @@ def count_flops(trainer: AdaptiveSparseTrainer, source: ArraySource, images: Ten
     if modes.keys() <= trainer.flops.keys():
         return
     began, first = time.perf_counter(), not trainer.flops
+    few = images[[0, -1]]  # batch norm needs two
     with trainer.ledger.charge(None):
         for mode, training in modes.items():
-            few = images[[0, -1]]  # batch norm needs two
+            how = few, training, trainer.autocast
             try:
-                trainer.flops[mode], uncounted, logits = flops_per_sample(
-                    trainer.model, few, training, trainer.autocast
-                )
+                trainer.flops[mode], uncounted, logits = flops_per_sample(trainer.model, *how)
             except RuntimeError as error:
                 found = f"a model that cannot take {images.dtype} images {list(few.shape)}"
                 raise BadInput(f"{found}: {one_line(error)}; expected one that can; change either") from error
@@ -2227,8 +2226,8 @@ class Rows:
             label = kinds.get("ClassLabel") or class_column([c for c in part.features if c != image])
             if not image or not label:
                 raise ValueError(f"columns {', '.join(part.features)}")
-            plain = part.cast_column(image, type(part.features[image])(decode=False))
-            self.parts[split] = plain.select_columns(image)
+            undecoded = part.cast_column(image, type(part.features[image])(decode=False))
+            self.parts[split] = undecoded.select_columns(image)
             titles = getattr(part.features[label], "names", None)
             for row, value in enumerate(part[label][:]):
                 if value not in (None, -1):  # -1 is what tests have instead of a class
@@ -3541,9 +3540,8 @@ def rival(
         epoch = work(config, [1.0] * config.epochs) / config.epochs
         config, cost = replace(config, gate="full"), work(config, rates) / epoch
     else:
-        return config if policy == "ast" else replace(
-            config, gate=policy
-        ), rates if policy == "random" else None
+        config = config if policy == "ast" else replace(config, gate=policy)
+        return config, rates if policy == "random" else None
     short = {"epochs": max(1, round(cost)), **NO_PHASES} if policy.endswith("short") else {}
     return replace(config, **short), None
 
