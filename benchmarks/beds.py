@@ -40,7 +40,7 @@ class Bed:
     wrong: float = 0.0  # share of the training labels replaced by another class
     filmed: float = 0.0  # share of the training images that come as FRAMES frames each
     pretrained: bool = False  # begin with weights trained on the other classes
-    shipped: bool = False  # the program's own `resnet` and recipe, not the compact network
+    width: int = 0  # of the program's own `resnet`, with its recipe; 0 takes the compact network
     settings: dict = field(default_factory=dict)
 
     def split(self, data: ast.ImageData, held_out: bool) -> "Split":
@@ -148,6 +148,12 @@ BEDS: dict[str, Bed] = {
     ),
     "all": Bed("all of CIFAR-10, 16 epochs", settings={"epochs": 16, **RECIPE}),
     "ten": Bed("10,000 images of CIFAR-10, 30 epochs", size=10_000, settings={"epochs": 30, **RECIPE}),
+    "twenty": Bed(
+        "20,000 images of CIFAR-10, the program's `resnet` at half its width, 20 epochs",
+        size=20_000,
+        width=16,
+        settings={"epochs": 20, "model": "resnet", "batch_size": 128},
+    ),
     "filmed": Bed(
         "3,500 images of CIFAR-10, a tenth of them as 20 frames each, slightly moved (made), 30 epochs",
         size=3500,
@@ -169,18 +175,18 @@ BEDS: dict[str, Bed] = {
     ),
     "whole": Bed(
         "all of CIFAR-10, the program's `resnet`, 20 epochs, on a GPU",
-        shipped=True,
+        width=32,
         settings={"epochs": 20, **ON_GPU},
     ),
     "whole-long": Bed(
         "all of CIFAR-10, the program's `resnet`, 60 epochs, on a GPU",
-        shipped=True,
+        width=32,
         settings={"epochs": 60, **ON_GPU},
     ),
     "whole-tail": Bed(
         "CIFAR-10 with a long tail (20 to 1), the program's `resnet`, 40 epochs, on a GPU",
         tail=1 / 20,
-        shipped=True,
+        width=32,
         settings={"epochs": 40, **ON_GPU, "batch_size": 128, "lr": 0.14},
     ),
 }

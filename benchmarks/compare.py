@@ -8,7 +8,7 @@
 Killed and started again, it goes on with the runs that are missing. `python benchmarks/evidence.py` makes
 the tables and figures. It drives the program that ships; rules that are not the kit's are in rules.py.
 A policy's name may end in settings (`ast@0.2:temperature=0.1,weight_gamma=1`), and in the knobs of
-`rules.Turned` (`turned@0.2:floor=0`); this is how the search for the default was made (docs/search.md).
+`rules.Turned` (`turned@0.2:floor=0`) or in the name of other sides (`full:stages=two`, rules.STAGES); this is how the search for the default was made (docs/search.md).
 
 On a bed that is judged on held-out training images (--held-out) the test images are never looked at.
 """
@@ -131,6 +131,7 @@ def policy(name: str, bed: Bed) -> Policy:
     changes = {k: value(v) for k, _, v in (item.partition("=") for item in tail.split(",") if tail)}
     if changes.pop("lean", None) is not None:
         changes = LEAN | changes
+    stages = changes.pop("stages", None)
     turns = {f.name for f in fields(rules.Knobs)} if kind == "turned" else set()
     knobs = {k: changes.pop(k) for k in list(changes) if k in turns}
     if kind == "turned":
@@ -160,7 +161,8 @@ def policy(name: str, bed: Bed) -> Policy:
         settings |= {"epochs": math.ceil(float(share or 1) * bed.settings["epochs"] - 0.01)}
     elif share:
         settings |= {"target_activation": float(share)}
-    return Policy(settings | changes, made.gate, made.trainer)
+    trainer = rules.staged(stages) if stages else made.trainer
+    return Policy(settings | changes, made.gate, trainer)
 
 
 def value(text: str) -> object:
@@ -176,8 +178,8 @@ def build(bed: Bed, chosen: Policy, seed: int, split: Split) -> ast.AdaptiveSpar
     settings = replace(Settings(), **{"device": "cpu", **bed.settings, **chosen.settings})
     device = torch.device(settings.device)
     torch.manual_seed(seed)
-    if bed.shipped:
-        model = ast.resnet(len(bed.classes)).to(device, memory_format=torch.channels_last)
+    if bed.width:
+        model = ast.resnet(len(bed.classes), bed.width).to(device, memory_format=torch.channels_last)
         optimizer, criterion = ast.recipe(settings, model)
     else:
         model = compact(len(bed.classes), split.images, settings.batch_size).to(device)

@@ -220,6 +220,27 @@ class Curriculum(ast.RememberedGate):
         return self.chance.select(candidates[easiest], min(1.0, rate), generator)
 
 
+STAGES = {  # sides other than the program's: up to a share of the epochs, of the whole side
+    "two": ((0.6, 0.5),),
+    "three": ((0.3, 0.5), (0.6, 0.75)),
+    "high": ((0.2, 0.625), (0.45, 0.75), (0.7, 0.875)),
+    "low": ((0.15, 0.375), (0.35, 0.5), (0.55, 0.625), (0.75, 0.75), (0.9, 0.875)),
+    "turns": tuple(((epoch + 1) / 20, 0.5 if epoch % 2 else 0.75) for epoch in range(14)),
+}
+
+
+def staged(name: str) -> type[ast.AdaptiveSparseTrainer]:
+    """A trainer whose sides follow STAGES; its settings say `progressive`. Raises KeyError."""
+    stages = STAGES[name]
+
+    class Staged(ast.AdaptiveSparseTrainer):
+        def train_epoch(self) -> bool:
+            self.schedule.STAGES = stages
+            return super().train_epoch()
+
+    return Staged
+
+
 class Shrinking(ast.AdaptiveSparseTrainer):
     """Gives each skipped sample a step at half resolution, a quarter of the FLOPs, instead of none.
 

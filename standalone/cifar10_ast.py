@@ -1817,18 +1817,18 @@ def convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
-def resnet(classes: int) -> nn.Module:
-    """A stem and three stages of one stride-2 convolution and one residual block.
+def resnet(classes: int, width: int = 32) -> nn.Module:
+    """A stem of `width` channels and three stages of one stride-2 convolution and one residual block.
 
-    For ten classes 1,941,546 parameters; 143.3 MFLOPs an image forward, 428.2 with the backward pass. Logits
+    For ten classes and the usual width 1,941,546 parameters; 143.3 MFLOPs an image forward, 428.2 with the backward pass. Logits
     are divided by 8 as in Page's cifar10-fast (2018): max-pooled features are large, and without it the loss
     passes 10 in the first steps at the learning rate of a batch of 256, and the network never recovers.
     """
-    blocks: list[nn.Module] = [convolution(3, 32)]
-    for inputs, outputs in ((32, 64), (64, 128), (128, 256)):
-        twice = convolution(outputs, outputs), convolution(outputs, outputs)
-        blocks += [convolution(inputs, outputs, stride=2), Residual(*twice)]
-    return nn.Sequential(*blocks, nn.AdaptiveMaxPool2d(1), nn.Flatten(), Logits(256, classes))
+    blocks: list[nn.Module] = [convolution(3, width)]
+    for inputs in (width, 2 * width, 4 * width):
+        twice = convolution(2 * inputs, 2 * inputs), convolution(2 * inputs, 2 * inputs)
+        blocks += [convolution(inputs, 2 * inputs, stride=2), Residual(*twice)]
+    return nn.Sequential(*blocks, nn.AdaptiveMaxPool2d(1), nn.Flatten(), Logits(8 * width, classes))
 
 
 def bare_model(name: str, classes: int, side: int) -> nn.Module:
