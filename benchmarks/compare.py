@@ -8,8 +8,8 @@
 Killed and started again, it goes on with the runs that are missing. `python benchmarks/evidence.py` makes
 the tables and figures. It drives the program that ships; rules that are not the kit's are in rules.py.
 A policy's name may end in settings (`ast@0.2:temperature=0.1,weight_gamma=1`), in the knobs of
-`rules.Turned` (`turned@0.2:floor=0`), or in the name of other sides (`full:stages=two`, rules.STAGES); this is
-how the search for the default was made (docs/search.md).
+`rules.Turned` (`turned@0.2:floor=0`), or in the name of other sides (`full:stages=two`, rules.STAGES); this
+is how the search for the default was made (docs/search.md).
 
 On a bed that is judged on held-out training images (--held-out) the test images are never looked at.
 """

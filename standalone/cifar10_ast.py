@@ -1821,9 +1821,9 @@ def resnet(classes: int, width: int = 32) -> nn.Module:
     """A stem of `width` channels and three stages of one stride-2 convolution and one residual block.
 
     For ten classes and the usual width 1,941,546 parameters; 143.3 MFLOPs an image forward, 428.2 with the
-    backward pass. Logits are divided by 8 as in Page's cifar10-fast (2018): max-pooled features are large, and
-    without it the loss passes 10 in the first steps at the learning rate of a batch of 256, and the network
-    never recovers.
+    backward pass. Logits are divided by 8 as in Page's cifar10-fast (2018): max-pooled features are large,
+    and without it the loss passes 10 in the first steps at the learning rate of a batch of 256, and the
+    network never recovers.
     """
     blocks: list[nn.Module] = [convolution(3, width)]
     for inputs in (width, 2 * width, 4 * width):
