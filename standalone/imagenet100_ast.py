@@ -4340,6 +4340,7 @@ LINES = {  # panel: title with the unit, x, y, and what is dotted beside it
     "energy": ("Unit energy, thousand (dotted: all)", "epochs", "energy", "energy_of_all"),
     "flops": ("TFLOPs (dotted: all samples)", "epochs", "flops", "flops_of_all"),
     "joules": ("Joules, measured", "epochs", "joules", ""),
+    "side": ("Side of a view (pixels)", "epochs", "resolution", ""),
 }
 LIVE = ("accuracy", "rate", "energy", "flops", "threshold", "histogram")
 CURVES = ("accuracy", "compute", "samples", "rate", "threshold", "energy")  # above: at three costs
@@ -4354,11 +4355,13 @@ class History:
         self.colour = COLOURS.get(policy, "black")
         sums = "candidates activated epochs seconds energy energy_of_all heeded".split()
         self.now = dict.fromkeys(sums, 0) | {"rate": 1.0, "target": 1.0, "progress": 0.0}
+        self.now["resolution"] = rows[0]["resolution"] if rows else None
         self.points = [self.now]  # what `now` was; holds x and y of `LINES`, as far as they were known
         self.row: dict = {}  # the newest epoch
         self.scores: tuple[np.ndarray, float | None] | None = None  # and θ, a rank among them
         for row in rows:
             values = {"target": row["target_activation"], "threshold": row["threshold"]}
+            values["resolution"] = row["resolution"]
             self.now = self.after(row["candidates"], row["activated"], **values)
             self.ended(row)
 
@@ -4470,7 +4473,7 @@ def picture(histories: list[History], panels: Sequence[str], title: str = "", dp
 def draw_panels(figure: Figure, histories: list[History], panels: Sequence[str]) -> None:
     """Fills a figure with panels: of `LINES`, or "histogram". The first history is under test."""
     rows = 1 if len(panels) < 4 else 2
-    space = {"left": 0.052, "right": 0.985, "top": 0.9, "bottom": 0.09, "wspace": 0.42, "hspace": 0.45}
+    space = {"left": 0.052, "right": 0.985, "top": 0.9, "bottom": 0.09, "wspace": 0.5, "hspace": 0.45}
     grid = figure.subplots(rows, len(panels) // rows, squeeze=False, gridspec_kw=space)
     for name, axes in zip(panels, grid.flat, strict=True):
         if name == "histogram":
@@ -4489,7 +4492,7 @@ def draw_lines(axes: Axes, histories: list[History], title: str, x: str, y: str,
     """y of each history over x, the first on top; and what is dotted, of the first."""
     lines = [(history.line(x, y), {"color": history.colour}) for history in reversed(histories)]
     lines += [(history.line(x, dotted), {"color": "black", "ls": ":"}) for history in histories[:1]]
-    steps = "steps-pre" if y == "rate" else "default"  # a rate is that of the samples since the point before
+    steps = "steps-pre" if y in ("rate", "resolution") else "default"  # they are of what led to the point
     for line, style in lines:
         if line.size:
             axes.plot(*line, marker="." if y == "accuracy" else None, drawstyle=steps, **style)
@@ -4542,7 +4545,9 @@ def curves(results: list[dict], title: str, path: Path) -> None:
     """Draws finished or stopped runs, of the first seed, into a PNG."""
     shown = [r for r in results if r["epochs"] and r["seed"] == results[0]["seed"]]
     histories = [History(r["policy"], r["seed"], len(r["epochs"]), r["epochs"], r["changes"]) for r in shown]
-    write_whole(path, picture(histories, CURVES, title, 140))
+    sides = {row["resolution"] for result in shown for row in result["epochs"]}
+    panels = CURVES if len(sides) < 2 else (*CURVES[:-1], "side")  # unit energy knows nothing of pixels
+    write_whole(path, picture(histories, panels, title, 140))
 
 
 # %% The worker and the pump [markdown] tags=["shared"]

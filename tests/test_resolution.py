@@ -145,3 +145,21 @@ def test_the_report_tells_fewer_samples_and_fewer_pixels_apart(tmp_path, monkeyp
 def small_net_of(classes):
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes))
+
+
+def test_the_side_is_drawn_where_it_changes_and_unit_energy_where_it_does_not(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        ast, "picture", lambda histories, panels, *rest: drawn.append((histories, panels)) or b""
+    )
+    rows = [
+        {"target_activation": 1.0, "threshold": None, "resolution": side, "candidates": 40, "activated": 40,
+         "epoch": number, "elapsed_seconds": float(number), "val_accuracy": 50.0}
+        for number, side in enumerate((16, 24, 32), 1)
+    ]  # fmt: skip
+    result = {"policy": "ast", "seed": 0, "changes": []}
+    for epochs in (rows, rows[2:]):
+        ast.curves([result | {"epochs": epochs}], "", tmp_path / "curves.png")
+    (((history,), panels), (_, usual)) = drawn
+    assert panels[:5] == usual[:5] and (panels[5], usual[5]) == ("side", "energy")
+    assert history.line("epochs", "resolution").tolist() == [[0, 1, 2, 3], [16, 16, 24, 32]]
