@@ -3534,16 +3534,18 @@ def rival(
 ) -> tuple[ASTConfig, list | None]:
     """A policy's settings, and the rates that it repeats: those of the rows of AST's run, else planned."""
     rates = [row["activated"] / row["candidates"] for row in rows] or planned
-    if policy in ("full", "short"):
-        config, cost = replace(config, gate="full", resolution="full"), work(config, rates)
-    elif policy in ("dense", "dense-short"):
-        epoch = work(config, [1.0] * config.epochs) / config.epochs
-        config, cost = replace(config, gate="full"), work(config, rates) / epoch
-    else:
-        config = config if policy == "ast" else replace(config, gate=policy)
-        return config, rates if policy == "random" else None
-    short = {"epochs": max(1, round(cost)), **NO_PHASES} if policy.endswith("short") else {}
-    return replace(config, **short), None
+    if policy == "ast":
+        return config, None
+    if policy == "random":
+        return replace(config, gate="random"), rates
+    cost, sides = work(config, rates), config.resolution if policy.startswith("dense") else "full"
+    config = replace(config, gate="full", resolution=sides)
+    if policy.endswith("short"):  # an epoch of a shorter run has other sides, so near lengths are tried
+        about = round(cost * config.epochs / work(config, [1.0] * config.epochs))
+        near = range(about + 2, max(0, about - 3), -1)
+        cut = [replace(config, epochs=epochs, **NO_PHASES) for epochs in near]
+        config = min(cut, key=lambda shorter: abs(work(shorter, [1.0] * shorter.epochs) - cost))
+    return config, None
 
 
 def work(config: ASTConfig, rates: list[float]) -> float:
