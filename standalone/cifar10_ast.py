@@ -2362,7 +2362,7 @@ def load_data(settings: Settings, say: Callable[[str], None]) -> ImageData:
     Reads `data`, `data_dir` and `train_size` (0: all) of the settings. Raises BadInput, in one sentence.
     """
     if settings.data == "shapes":
-        return drawn(settings.train_size)
+        return shapes(settings.train_size)
     settings = settings if settings.data_dir else fill_defaults(settings)
     path, folder = (Path(os.path.abspath(os.path.expanduser(n))) for n in (settings.data, settings.data_dir))
     path, standard = fetch(settings.data) or path, settings.data in ("auto", "cifar10")
@@ -2380,7 +2380,7 @@ def load_data(settings: Settings, say: Callable[[str], None]) -> ImageData:
         if settings.data != "auto":
             raise BadInput(f"--data {settings.data}: {missing}")
         say("NO CIFAR-10, so SYNTHETIC `shapes` are drawn (--data cifar10 tells where it looked)")
-        return drawn(settings.train_size)
+        return shapes(settings.train_size)
     reader, place = found
     try:
         data = reader(place, settings, say)
@@ -2445,14 +2445,6 @@ def one_line(error: Exception) -> str:
 def reason(name: str, error: Exception) -> str:
     """Why a file is left out, less an address in memory: the same file is the same line."""
     return printable(f"{name}: {one_line(error).partition(' <')[0]}")
-
-
-def drawn(size: int) -> ImageData:
-    """Draw `shapes` with `size` training images (0: 6,000). Raises BadInput for too few or too many."""
-    if size and not len(FIGURES) <= size <= MOST_DRAWN:
-        expected = f"0 (6,000), or {len(FIGURES)} to {MOST_DRAWN:,}"
-        raise BadInput(f"--train-size {size}: expected {expected}; change it")
-    return shapes(size or 6_000)
 
 
 def search(root: Path, test: Callable[[Path], Any], word: str = "") -> Any:
@@ -2534,15 +2526,17 @@ def draw(rng: np.random.Generator, figure: np.ndarray, hard: bool) -> np.ndarray
     return noisy.clip(0, 255).astype(np.uint8)
 
 
-def shapes(n_train: int = 6_000, n_val: int = 1_000, seed: int = 0) -> ImageData:
+def shapes(n_train: int = 0, n_val: int = 1_000, seed: int = 0) -> ImageData:
     """Draw the embedded ten-class set; the same seed gives the same bytes.
 
-    Returns n_train and n_val pictures; `difficulty` holds exactly 60 % easy, 35 % hard, 5 % mislabelled.
-    Raises BadInput where either count is below the ten classes.
+    Returns n_train (0: 6,000) and n_val pictures; `difficulty` holds exactly 60 % easy, 35 % hard, 5 %
+    mislabelled. Raises BadInput for fewer than the ten classes, or too many.
     """
-    count, figures = len(FIGURES), list(FIGURES.values())
-    if min(n_train, n_val) < count:
-        raise BadInput(f"shapes with {min(n_train, n_val)} images: expected at least {count}, one a class")
+    count, figures, n_train = len(FIGURES), list(FIGURES.values()), n_train or 6_000
+    for n in (n_train, n_val):
+        if not count <= n <= MOST_DRAWN:
+            expected = f"0 (6,000), or {count} to {MOST_DRAWN:,}"
+            raise BadInput(f"--train-size {n}: expected {expected}; change it")
     rng = np.random.default_rng(seed)
 
     def split(n: int, mislabelled: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -3650,9 +3644,7 @@ def report(summary: dict) -> str:
         if (points := summary["measured"][f"accuracy_minus_{name}"]) is not None:
             ahead = "ahead of" if points > 0 else "not ahead of"
             lines.append(f"{first} is {ahead} {words}: {points:+.2f} points")
-    if any(value is not None for value in summary["measured"].values()):
-        lines.append(f"seeds: {len(summary['seeds'])} (one proves nothing)")
-    lines += caution(summary)
+    lines += [f"seeds: {len(summary['seeds'])} (one proves nothing)", *caution(summary)]
     lines += [f"{name}: {reference['words']}" for name, reference in summary["references"].items()]
     if summary["skipped_images"]:
         lines.append(f"unreadable images skipped: {summary['skipped_images']} (skipped_images.txt)")

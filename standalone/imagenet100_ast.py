@@ -2483,7 +2483,7 @@ def load_data(settings: Settings, say: Callable[[str], None]) -> ImageData:
     """
     settings = settings if settings.data_dir and settings.out else fill_defaults(settings)
     check_apart(Path(settings.out), Path(settings.weights).expanduser())
-    data = drawn(settings.train_size) if settings.data == "shapes" else read_data(settings, say)
+    data = shapes(settings.train_size) if settings.data == "shapes" else read_data(settings, say)
     build_model(settings, data, say)
     return data
 
@@ -2776,14 +2776,6 @@ def reason(name: str, error: Exception) -> str:
     return printable(f"{name}: {one_line(error).partition(' <')[0]}")
 
 
-def drawn(size: int) -> ImageData:
-    """Draw `shapes` with `size` training images (0: 6,000). Raises BadInput for too few or too many."""
-    if size and not len(FIGURES) <= size <= MOST_DRAWN:
-        expected = f"0 (6,000), or {len(FIGURES)} to {MOST_DRAWN:,}"
-        raise BadInput(f"--train-size {size}: expected {expected}; change it")
-    return shapes(size or 6_000)
-
-
 def search(root: Path, test: Callable[[Path], Any], word: str = "") -> Any:
     """Look for data in `root` and its folders, nearest first, bounded in folders and in names read.
 
@@ -2863,15 +2855,17 @@ def draw(rng: np.random.Generator, figure: np.ndarray, hard: bool) -> np.ndarray
     return noisy.clip(0, 255).astype(np.uint8)
 
 
-def shapes(n_train: int = 6_000, n_val: int = 1_000, seed: int = 0) -> ImageData:
+def shapes(n_train: int = 0, n_val: int = 1_000, seed: int = 0) -> ImageData:
     """Draw the embedded ten-class set; the same seed gives the same bytes.
 
-    Returns n_train and n_val pictures; `difficulty` holds exactly 60 % easy, 35 % hard, 5 % mislabelled.
-    Raises BadInput where either count is below the ten classes.
+    Returns n_train (0: 6,000) and n_val pictures; `difficulty` holds exactly 60 % easy, 35 % hard, 5 %
+    mislabelled. Raises BadInput for fewer than the ten classes, or too many.
     """
-    count, figures = len(FIGURES), list(FIGURES.values())
-    if min(n_train, n_val) < count:
-        raise BadInput(f"shapes with {min(n_train, n_val)} images: expected at least {count}, one a class")
+    count, figures, n_train = len(FIGURES), list(FIGURES.values()), n_train or 6_000
+    for n in (n_train, n_val):
+        if not count <= n <= MOST_DRAWN:
+            expected = f"0 (6,000), or {count} to {MOST_DRAWN:,}"
+            raise BadInput(f"--train-size {n}: expected {expected}; change it")
     rng = np.random.default_rng(seed)
 
     def split(n: int, mislabelled: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -3979,9 +3973,7 @@ def report(summary: dict) -> str:
         if (points := summary["measured"][f"accuracy_minus_{name}"]) is not None:
             ahead = "ahead of" if points > 0 else "not ahead of"
             lines.append(f"{first} is {ahead} {words}: {points:+.2f} points")
-    if any(value is not None for value in summary["measured"].values()):
-        lines.append(f"seeds: {len(summary['seeds'])} (one proves nothing)")
-    lines += caution(summary)
+    lines += [f"seeds: {len(summary['seeds'])} (one proves nothing)", *caution(summary)]
     lines += [f"{name}: {reference['words']}" for name, reference in summary["references"].items()]
     if summary["skipped_images"]:
         lines.append(f"unreadable images skipped: {summary['skipped_images']} (skipped_images.txt)")
