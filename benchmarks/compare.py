@@ -115,6 +115,9 @@ KINDS: dict[str, Policy] = {
     # A step at half resolution for what is skipped; chosen by significance, or by chance.
     "shrink": Policy({}, weighted, rules.Shrinking),
     "random-shrink": Policy({"gate": "random"}, trainer=rules.Shrinking),
+    # Every sample: at full resolution what is chosen, the others at half.
+    "sized": Policy({}, weighted, rules.Sized),
+    "random-sized": Policy({"gate": "random"}, trainer=rules.Sized),
 }
 
 

@@ -295,6 +295,54 @@ class Shrinking(ast.AdaptiveSparseTrainer):
             cost.flops -= 0.75 * len(batch) * self.flops["training"]
 
 
+class Sized(ast.AdaptiveSparseTrainer):
+    """Trains on every sample: what the gate chooses at full resolution, the others at half.
+
+    One backward pass over both, so every score is fresh; the activation rate steers the cost.
+    """
+
+    def train(self, *epochs: int) -> dict:
+        """As the trainer."""
+        self.small, self.taken = torch.zeros(len(self.train_source), dtype=torch.bool), 0
+        return super().train(*epochs)
+
+    def decide(self, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        """All candidates; keeps which are to be small."""
+        chosen, _ = super().decide(candidates)
+        self.small[candidates] = True
+        self.small[chosen] = False
+        return candidates, torch.ones(len(candidates))
+
+    def step(self, batch: ast.Batch) -> None:
+        """As the trainer, by a model that halves what is to be small; that costs a quarter."""
+        small, whole = self.small[batch.indices], self.model
+        if small.sum() in (1, len(small) - 1):  # batch norm cannot train on one
+            small[:] = small.sum() > 1
+        self.model = Halving(whole, small.to(batch.images.device))
+        super().step(batch)
+        self.model = whole
+        saved = 0.75 * int(small.sum()) * self.flops["training"]
+        self.ledger.costs[self.phase].flops -= saved
+        self.taken += 1
+        steps = self.schedule.epochs * math.ceil(len(self.small) / self.train_source.batch_size)
+        self.progress = min(1.0, self.taken / steps)
+
+
+class Halving(nn.Module):
+    """A model that sees some images of a batch, bool [B], at half their side."""
+
+    def __init__(self, model: nn.Module, small: Tensor):
+        super().__init__()
+        self.model, self.small = model, small
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, C] of images [B, 3, H, W]."""
+        order = self.small.int().argsort(stable=True)
+        whole, rest = images[order].tensor_split([int((~self.small).sum())])
+        parts = [self.model(part) for part in (whole, ast.shrunk(rest, 0.5)) if len(part)]
+        return torch.cat(parts)[order.argsort()]
+
+
 class Balanced(ast.RandomGate):
     """By chance, but of every class as many, which takes labels and no significance: what a long tail's
     gain may be owed to (class-balanced sampling, Kang et al. 2020)."""

@@ -238,8 +238,20 @@ def test_every_policy_runs_and_its_books_are_complete(tiny, kind):
         assert found["cost"] > found["activation_rate"] + 0.3 / 2  # in one epoch of the two
     if kind == "proxy":
         assert found["cost"] > found["activation_rate"] + 0.01
+    if "sized" in kind:  # half of one epoch of the two at a quarter
+        assert found["activation_rate"] == 1 and found["cost"] == pytest.approx(1 - 0.75 * 0.25, abs=0.01)
     if "shrink" in kind:
         assert found["cost"] == pytest.approx(found["activation_rate"] + 0.25 * 0.25, abs=0.01)
+
+
+def test_what_is_halved_is_the_same_sample_at_another_size():
+    model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    images = torch.arange(6.0).view(-1, 1, 1, 1).expand(6, 3, 8, 8)
+    small = torch.tensor([1, 0, 0, 1, 1, 0]).bool()
+    sizes = []
+    model.register_forward_hook(lambda module, given, _: sizes.append(list(given[0].shape)))
+    logits = rules.Halving(model, small)(images)
+    assert sizes == [[3, 3, 8, 8], [3, 3, 4, 4]] and torch.allclose(logits, images.mean((2, 3)), atol=1e-5)
 
 
 @pytest.mark.parametrize("changes", ["ast@0.5:weight_gamma=1", "live@0.5:score_scale=0.5"])
