@@ -222,6 +222,7 @@ class Curriculum(ast.RememberedGate):
 
 STAGES = {  # sides other than the program's: up to a share of the epochs, of the whole side
     "two": ((0.6, 0.5),),
+    "eighty": ((0.5, 80 / 96),),  # of 96 pixels
     "three": ((0.3, 0.5), (0.6, 0.75)),
     "high": ((0.2, 0.625), (0.45, 0.75), (0.7, 0.875)),
     "low": ((0.15, 0.375), (0.35, 0.5), (0.55, 0.625), (0.75, 0.75), (0.9, 0.875)),
