@@ -1,15 +1,21 @@
 """The comparison: its beds, its rules, and its books."""
 
+import copy
+import io
+import itertools
 import math
 import re
 import sys
+import zipfile
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import ROOT
 from matplotlib.figure import Figure
+from PIL import Image
 from test_gate import first_pixel, views
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -19,6 +25,7 @@ import books
 import compare
 import controller
 import evidence
+import finetuning
 import rules
 
 ast = beds.ast
@@ -242,6 +249,13 @@ def test_every_policy_runs_and_its_books_are_complete(tiny, kind):
         assert found["activation_rate"] == 1 and found["cost"] == pytest.approx(1 - 0.75 * 0.25, abs=0.01)
     if "shrink" in kind:
         assert found["cost"] == pytest.approx(found["activation_rate"] + 0.25 * 0.25, abs=0.01)
+
+
+def test_sides_have_names_in_the_search(tiny):
+    found = tiny.run("full:resolution=progressive,stages=two", 0)
+    assert found["cost"] == pytest.approx((0.25 + 1) / 2, abs=0.05), "one epoch of the two at half the side"
+    with pytest.raises(KeyError):
+        compare.policy("full:stages=none", tiny.bed)
 
 
 def test_what_is_halved_is_the_same_sample_at_another_size():
@@ -468,3 +482,38 @@ def test_the_measures_train_as_the_program_does(data):
     trainer = bars.trainer(data, target_activation=0.1, **bars.SPARSE)
     assert trainer.train_source.batch_size == 60, "twenty steps an epoch"
     assert trainer.train(epochs=2)["activation_rate"] == pytest.approx(0.55)
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """A .zip of 10 classes in ImageNet-100's layout, of which 2 are taken, 3 images each to train on."""
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        for number, (split, label, _) in enumerate(itertools.product(("train", "val"), range(10), range(6))):
+            buffer = io.BytesIO()
+            Image.new("RGB", (8, 8), (number, label, 0)).save(buffer, "png")
+            archive.writestr(f"{split}/{label}/{number:03d}.png", buffer.getvalue())
+    for name, small in {"SIDE": 32, "MARGIN": 4, "CLASSES": 2, "EACH": 3}.items():
+        monkeypatch.setattr(finetuning, name, small)
+    network = timm.create_model(finetuning.MODEL, num_classes=2)
+    monkeypatch.setattr(finetuning, "network", lambda: copy.deepcopy(network))
+    return tmp_path / "photos.zip"
+
+
+def test_fine_tuning_is_judged_on_other_images_than_it_is_tuned_on_or_trained_on(photos):
+    images, labels, judges, _ = finetuning.read(photos)
+    again, _, held_out, _ = finetuning.read(photos, held_out=True)
+    assert torch.equal(images, again) and labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert images.shape[1:] == (36, 36, 3) and len(judges) == 12 and len(held_out) == 6
+    kinds = [{image[0, 0].numpy().tobytes() for image in part} for part in (images, judges, held_out)]
+    assert not any(a & b for a, b in itertools.combinations(kinds, 2))
+
+
+@pytest.mark.slow
+def test_policies_of_fine_tuning_cost_what_they_train(photos):
+    data = finetuning.read(photos)
+    found = {name: finetuning.measure(finetuning.policy(name), 0, data) for name in finetuning.POLICIES}
+    assert found["full"]["cost"] == 1 and len(found["full"]["curve"]) == finetuning.EPOCHS
+    assert found["short"]["cost"] == found["ast"]["cost"] == found["random"]["cost"] == pytest.approx(4 / 6)
+    assert found["probed"]["cost"] == pytest.approx(1 + found["probe"]["cost"])
+    assert found["half"]["cost"] < 0.8 and found["dense"]["cost"] < 1
+    assert finetuning.policy("full lr=0.1") == replace(finetuning.POLICIES["full"], lr=0.1)
