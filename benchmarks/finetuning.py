@@ -33,7 +33,7 @@ import imagenet100_ast as imagenet
 
 BED, MODEL = "finetuning", "tf_efficientnet_lite0"
 SIDE, MARGIN, CLASSES, EACH = 96, 12, 20, 80  # pixels seen; more from which to crop; training images a class
-EPOCHS, LR, BATCH = 6, 0.02, 32  # the first sketch's, tuned for nobody here
+EPOCHS, LR, BATCH = 6, 0.01, 32  # the rate by held-out images, of 0.005 to 0.04
 
 
 @dataclass(frozen=True)

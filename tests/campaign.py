@@ -157,6 +157,7 @@ def campaign(
                 longest = max(longest, wait if name == "signals" else 0)
                 faults += [f"{trials.program}, {name}: {fault}"] if fault else []
                 print(f"{counts}, {len(faults)} wrong, at most {longest:.1f} s to the end", flush=True)
+                print(faults[-1] if fault else "", end="\n" * bool(fault), flush=True)
         runs = [trials.cut() for trials in both if damages]
         for number in range(damages):
             trials, run = both[number % len(both)], runs[number % len(both)]
