@@ -209,17 +209,6 @@ def as_markdown(columns: dict[str, list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows).replace(" --- ", "---")
 
 
-def default_rows(runs: dict) -> list[tuple[str, str]]:
-    """Activation rates in words, highest first, then those with balance or lean phases, and the policy that
-    is AST there."""
-    found = {}
-    for name in sorted(runs, key=len, reverse=True):
-        if match := re.fullmatch(r"ast@([\d.]+)(?::(lean|balance=true))?", name):
-            kind = {"lean": ", lean", "balance=true": ", balance"}.get(match[2], "")
-            found[kind, -float(match[1])] = name
-    return [(f"{-rate:g}{kind}", found[kind, rate]) for kind, rate in sorted(found)]
-
-
 def crowded(runs: dict[int, dict]) -> bool:
     """Whether runs shared a GPU, so that their seconds say nothing."""
     return any("side_by_side" in run for run in runs.values())
