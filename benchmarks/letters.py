@@ -1,6 +1,6 @@
 """AST on another modality: a language model of letters, on a text that ships with Python.
 
-    python benchmarks/letters.py                  # half an hour on one core; ten seeds
+    python benchmarks/letters.py                  # a quarter of an hour on one core; five seeds
 
 Runs AST, full training, as many sequences by chance, and plain training of as few epochs, and adds bits a
 letter on held-out sequences to benchmarks/results/bars.jsonl. docs/extending.md shows the code.
@@ -90,7 +90,7 @@ def compare(seeds: int, epochs: int, limit: int | None = None) -> dict:
 def main() -> None:
     """Runs, and adds a line to benchmarks/results/bars.jsonl."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=12)
     given = parser.parse_args()
     found = compare(given.seeds, given.epochs)
