@@ -1,6 +1,7 @@
 """Step responses of the controller on recorded significance, against the original reports' gains.
 
     python benchmarks/controller.py --data path/to/cifar10            # two minutes; numbers and a figure
+    python benchmarks/controller.py --poles                           # the linearised loop, at once
 
 The losses of every sample in every epoch of a plain training run are recorded once; then gates are fed with
 them as if they trained, so that each controller meets the very same drifting significance. The target stands
@@ -8,6 +9,7 @@ at 0.5 for two epochs and then steps to the value in question.
 """
 
 import argparse
+import math
 import time
 from pathlib import Path
 
@@ -110,32 +112,87 @@ def judge(trace: list[tuple[float, float]], target: float, n: int) -> dict:
     }
 
 
+def loop(alpha: float, kp: float, ki: float, gain: float = 1.0, late: bool = False) -> np.ndarray:
+    """The linearised loop as a matrix [3, 3]: a chunk's step of (smoothed error, integral, rate asked for).
+
+    Asked for beyond the solve is r = kp·error + integral, and `gain` times that comes: 1 where the slope that
+    the controller divides by is the true one. late: the error is seen a chunk later.
+    """
+    asked = np.array([kp, 1.0, 0.0])
+    answer = np.array([0.0, 0.0, 1.0]) if late else asked
+    error = np.array([1 - alpha, 0.0, 0.0]) - alpha * gain * answer
+    return np.stack([error, np.array([0.0, 1.0, 0.0]) + ki * error, asked])
+
+
+def largest_pole(matrix: np.ndarray) -> float:
+    """The modulus of the slowest eigenvalue: what is left of an error after a chunk; from 1 up it grows."""
+    return float(np.abs(np.linalg.eigvals(matrix)).max())
+
+
+def gain_limit(alpha: float, kp: float, ki: float, late: bool) -> float:
+    """The gain up to which the loop is stable."""
+    low, high = 0.0, 1e6
+    while high - low > 1e-4 * high:
+        middle = math.sqrt(max(low, 1e-3) * high)
+        stable = largest_pole(loop(alpha, kp, ki, middle, late)) < 1
+        low, high = (middle, high) if stable else (low, middle)
+    return low
+
+
+def poles() -> list[dict]:
+    """The loop of each controller: its slowest pole, the chunks until 2 % of an error is left, and the gains
+    up to which it is stable. The slope of the pure loops is that of uniform ranks at a = 0.4."""
+    ranks = (torch.arange(1000) + 0.5) / 1000
+    threshold = ast.solve_threshold(ranks, 400, 0.4, 0.25)
+    slope = -ast.threshold_slope(ranks, threshold, 0.4, 0.25)
+    own = ast.Controller.KP, ast.Controller.KI
+    loops = [("solve + PI", alpha, *own) for alpha in (0.1, 0.3, 1.0)]
+    loops += [("PI, original gains", 0.3, 0.005 * slope, 0.0001 * slope)]
+    loops += [("PI, gains 1 and 0.5", 0.3, slope, 0.5 * slope)]
+    rows = []
+    for name, *how in loops:
+        pole = largest_pole(loop(*how))
+        limits = {"stable_to": gain_limit(*how, late=False), "stable_to_late": gain_limit(*how, late=True)}
+        left = math.ceil(math.log(0.02) / math.log(pole))
+        rows.append({"controller": name, "ema_alpha": how[0], "pole": pole, "chunks": left, **limits})
+    return rows
+
+
 def draw(traces: dict, file: Path) -> None:
-    """A panel a gate and controller, a line a target."""
-    kinds = ("remembered", "live")
-    figure, axes = plt.subplots(len(kinds), len(CONTROLLERS), figsize=(11, 5.2), sharex=True, sharey=True)
+    """A panel a gate and controller, a line a target, named at its right end."""
+    kinds, targets = ("remembered", "live"), TARGETS[::2]
+    colours = dict(zip(CONTROLLERS, ("#d55e00", "#666666", "#0072b2"), strict=True))
+    figure, axes = plt.subplots(len(kinds), len(CONTROLLERS), figsize=(8.3, 4.4), sharex=True, sharey=True)
     for row, kind in zip(axes, kinds, strict=True):
         for axis, name in zip(row, CONTROLLERS, strict=True):
-            for target in TARGETS:
+            for target in targets:
                 trace = np.array(traces[kind, name, target])
                 smooth = np.convolve(trace[:, 1], np.ones(SHOWN) / SHOWN, mode="valid")
-                (line,) = axis.plot(trace[SHOWN - 1 :, 0], smooth, lw=1)
-                axis.axhline(target, xmin=BEFORE / (EPOCHS - 1), color=line.get_color(), lw=0.6, ls=":")
-            axis.set_title(f"{kind}: {name}", fontsize=9)
-            axis.grid(alpha=0.2)
+                axis.plot(trace[SHOWN - 1 :, 0], smooth, lw=1, color=colours[name])
+                axis.axhline(target, xmin=BEFORE / (EPOCHS - 1), color="black", lw=0.8, ls=":")
+                axis.text(EPOCHS - 0.9, target, f"{target:g}", va="center", fontsize=9)
+            axis.set_title(f"{kind}: {name}", fontsize=10, loc="left")
+            axis.set(xlim=(0, EPOCHS - 1), ylim=(0, 1))
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.grid(alpha=0.25)
     for axis in axes[-1]:
         axis.set_xlabel("epochs")
     for row in axes:
         row[0].set_ylabel("activation rate")
     figure.tight_layout()
-    figure.savefig(file, dpi=80)
+    figure.savefig(file, dpi=150)
 
 
 def main() -> None:
     """Records, replays, adds a line to benchmarks/results/bars.jsonl and draws docs/controller.png."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", default="cifar10", help="CIFAR-10: a path, or cifar10 to search for it")
-    data = ast.load_data(ast.Settings(data=parser.parse_args().data, data_dir="data"), print)
+    parser.add_argument("--poles", action="store_true", help="the linearised loop alone")
+    given = parser.parse_args()
+    if given.poles:
+        print(*poles(), sep="\n")
+        return
+    data = ast.load_data(ast.Settings(data=given.data, data_dir="data"), print)
     losses = record(data)
     traces, rows = {}, []
     for kind in ("remembered", "live"):

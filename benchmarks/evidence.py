@@ -1,14 +1,18 @@
 """Tables and figures from the finished runs of compare.py.
 
-    python benchmarks/evidence.py        # docs/frontier_*.png and docs/savings_*.png
+    python benchmarks/evidence.py            # docs/result.png and docs/tail.png
+    python benchmarks/evidence.py BED        # every policy that was run on a bed, also those of the search
 
-`docs/make_docs.py` takes the tables from here into docs/evidence.md and README.md.
+`docs/make_docs.py` takes the tables from here into docs/ and README.md.
 """
 
+import argparse
+import functools
 import math
 import re
 import statistics
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,12 +26,11 @@ ROOT = Path(__file__).parents[1]
 JUDGES = {"test": "test images", "held_out": "held-out training images"}
 MARGIN = 0.3  # points below full's accuracy that still count as not inferior; fixed before any run
 NOTHING = "Not measured yet."
-PICTURED = ("whole", "all", "tail", "tail-gpu", "filmed", "ten", "two-long", "long")
-WORTH_A_LINE = 3  # seeds that a row of the headline shares with a rival, or full has for a figure of savings
-FAR = 2.5  # times the next shorter length of plain training: too far to interpolate
+WORTH_A_SAVING = 4  # seeds; a bootstrap over fewer looks surer than it is
+FAR = 2.0  # times the next shorter length of plain training: too far to interpolate
 PHASES = "lean warmup_epochs ramp_epochs anneal_epochs".split()
 RECIPE = "epochs batch_size lr weight_decay label_smoothing".split()  # both act on chance too
-SHARES = (0.90, 0.95, 0.99, 1.00)  # of full's accuracy, for the time to reach it
+COLOURS = {"ast": "#d55e00", "random": "#0072b2", "full": "#666666", "short": "#009e73"}
 
 
 def half_width(values: list[float]) -> float:
@@ -68,13 +71,19 @@ class Gap:
         return f"{self.mean:+.2f}{width} ({self.seeds})"
 
 
-def gap(runs: dict, policy: str, rival: str, key: str = "accuracy") -> Gap | None:
+def gap(runs: dict, policy: str, rival: str | None, key: str = "accuracy") -> Gap | None:
     """`policy` minus `rival` over the seeds that both have; None without such."""
-    shared = runs.get(policy, {}).keys() & runs.get(rival, {}).keys()
+    ours, theirs = (keep_with(runs.get(name, {}), key) for name in (policy, rival))
+    shared = ours.keys() & theirs.keys()
     if not shared or policy == rival:
         return None
-    pairs = [runs[policy][seed][key] - runs[rival][seed][key] for seed in sorted(shared)]
+    pairs = [ours[seed][key] - theirs[seed][key] for seed in sorted(shared)]
     return Gap(statistics.mean(pairs), half_width(pairs), len(pairs))
+
+
+def keep_with(runs: dict[int, dict], key: str) -> dict[int, dict]:
+    """The runs that know a figure."""
+    return {seed: run for seed, run in runs.items() if run.get(key) is not None}
 
 
 def mean(runs: dict[int, dict], key: str) -> float:
@@ -98,145 +107,106 @@ def plain_at_its_cost(runs: dict, policy: str) -> str | None:
     cost = mean(runs[policy], "cost")
     near = [(mean(own, "cost"), name) for name, own in runs.items() if name.startswith("short")]
     near = [pair for pair in near if cost - 1e-6 <= pair[0] <= 9 / 8 * cost and ":" not in pair[1]]
-    return min(near)[1] if near else None
+    return min(near)[1] if near and not is_plain(policy) else None
 
 
-def seconds_to(runs: dict, policy: str, share: float) -> float | None:
-    """Mean training seconds until a share of full's final accuracy; None where a seed never gets there, NaN
-    where there is no full run of its seeds or the seconds say nothing."""
-    if crowded(runs[policy]):
-        return math.nan
-    times = []
-    for seed, run in runs[policy].items():
-        if seed not in runs.get("full", {}):
-            continue
-        goal = share * runs["full"][seed]["accuracy"]
-        reached = [seconds for seconds, accuracy in run["curve"] if accuracy >= goal]
-        if not reached:
-            return None
-        times.append(reached[0])
-    return statistics.mean(times) if times else math.nan
-
-
-def table(bed: str, judged: str = "test", results: Path | None = None) -> str:
-    """Accuracy and cost of every policy, dearest first, as markdown."""
-    runs = load(bed, judged, results)
-    if not runs:
-        return NOTHING
-    head = (
-        "| policy | seeds | accuracy, % | worst class | minus `random` at its rate | minus `full` | "
-        "activated | FLOPs ÷ full's | training s | total s | joules in all |"
-    )
-    rows = [head, "|" + "---|" * 11]
-    for name, own in sorted(runs.items(), key=lambda item: -mean(item[1], "cost")):
-        accuracies = [run["accuracy"] for run in own.values()]
-        width = f" ± {half_width(accuracies):.2f}" if len(own) > 1 else ""
-        rival, full = rival_of(name), gap(runs, name, "full")
-        against = rival and gap(runs, name, rival)
-        rows.append(
-            f"| {name} | {len(own)} | {statistics.mean(accuracies):.2f}{width} | "
-            f"{mean(own, 'worst_class'):.1f} | {against or '-'} | {full or '-'}{verdict(full)} | "
-            f"{mean(own, 'activation_rate'):.3f}{chosen(own)} | {mean(own, 'cost'):.3f} | "
-            f"{seconds(own, 'train_seconds')} | {seconds(own, 'total_seconds')} | {joules(own)} |"
-        )
-    return "\n".join(rows)
-
-
-def chosen(runs: dict[int, dict]) -> str:
-    """Shares of wrong labels and of repeats among what the gate activated; nothing where none are, or none
-    was chosen."""
-    words = ""
-    for key, kind in (("wrong_share", "wrong"), ("repeat_share", "frames")):
-        shares = [share for run in runs.values() if (share := run.get(key)) is not None]
-        words += f", {statistics.mean(shares):.0%} of the chosen {kind}" if shares else ""
-    return words
-
-
-def natural(bed: str) -> str:
-    """Accuracy on balanced classes, and as if classes were as frequent as in training, as markdown."""
-    every = {name: keep_with(own, "natural_accuracy") for name, own in load(bed).items()}
-    runs = {name: own for name, own in every.items() if own}
-    if not runs:
-        return NOTHING
-    kinds = ("accuracy", "natural_accuracy")
-    rows = [
-        "| policy | seeds | FLOPs ÷ full's | classes alike | minus `random` | as frequent as in training | "
-        "minus `random` |",
-        "|" + "---|" * 7,
-    ]
-    for name, own in sorted(runs.items(), key=lambda item: -mean(item[1], "cost")):
-        cells = [f"{mean(own, k):.2f} | {gap(runs, name, rival_of(name) or '', k) or '-'}" for k in kinds]
-        rows.append(f"| {name} | {len(own)} | {mean(own, 'cost'):.3f} | {' | '.join(cells)} |")
-    return "\n".join(rows)
-
-
-def keep_with(runs: dict[int, dict], key: str) -> dict[int, dict]:
-    """The runs that know a figure."""
-    return {seed: run for seed, run in runs.items() if key in run}
-
-
-def joules(runs: dict[int, dict]) -> str:
-    """Mean joules of a policy; a dash without a sensor, of which the line below a table says why."""
-    return f"{mean(runs, 'joules'):.0f}" if all(run["joules"] is not None for run in runs.values()) else "-"
-
-
-def headline(beds: dict[str, str], some: dict[str, tuple[str, ...]] | None = None) -> str:
-    """AST against its rivals at each rate, a row a bed and rate that has the seeds; `beds` names each bed in
-    words, `some` the rates shown of a bed that has too many."""
-    rows = [
-        "| trained on | a | AST, % | minus `random` | minus `balanced` | minus `short`, up to ⅛ dearer | "
-        "minus `infobatch`, up to ⅓ dearer | minus `full` | saved: training time; FLOPs |",
-        "|" + "---|" * 9,
-    ]
-    for bed, words in beds.items():
-        runs = load(bed)
-        wanted = (some or {}).get(bed)
-        for rate, name in default_rows(runs) if "full" in runs else ():
-            if wanted and rate not in wanted:
-                continue
-            full, infobatch = gap(runs, name, "full"), a_little_dearer(runs, name, "infobatch")
-            chance = rival_of(name)
-            rivals = [chance, chance.replace("random", "balanced"), plain_at_its_cost(runs, name), infobatch]
-            gaps = [rival and gap(runs, name, rival) for rival in rivals]
-            if max((one.seeds for one in (*gaps, full) if one), default=0) < WORTH_A_LINE:
-                continue
-            shown = [str(one or "-") for one in gaps]
-            rows.append(
-                f"| {words} | {rate} | {mean(runs[name], 'accuracy'):.2f} | "
-                f"{' | '.join(shown)} | {full or '-'}{verdict(full)} | "
-                f"{time_saved(runs, name)}; {100 * (1 - mean(runs[name], 'cost')):.0f} % |"
-            )
-    return "\n".join(rows) if len(rows) > 2 else NOTHING
-
-
-def default_rows(runs: dict) -> list[tuple[str, str]]:
-    """Activation rates in words, highest first, then those with balance or lean phases, and the policy that
-    is AST there."""
-    found = {}
-    for name in sorted(runs, key=len, reverse=True):
-        if match := re.fullmatch(r"ast@([\d.]+)(?::(lean|balance=true))?", name):
-            kind = {"lean": ", lean", "balance=true": ", balance"}.get(match[2], "")
-            found[kind, -float(match[1])] = name
-    return [(f"{-rate:g}{kind}", found[kind, rate]) for kind, rate in sorted(found)]
-
-
-def a_little_dearer(runs: dict, policy: str, rival: str) -> str | None:
-    """`rival`, if it was run and cost as much as `policy`, or up to a third more."""
-    if rival not in runs:
+def a_little_dearer(runs: dict, policy: str) -> str | None:
+    """InfoBatch, if it was run and cost as much as a policy of AST's, or up to a third more."""
+    if "infobatch" not in runs or not policy.startswith("ast"):
         return None
-    times = mean(runs[rival], "cost") / mean(runs[policy], "cost")
-    return rival if 1 - 1e-6 <= times <= 4 / 3 else None
+    times = mean(runs["infobatch"], "cost") / mean(runs[policy], "cost")
+    return "infobatch" if 1 - 1e-6 <= times <= 4 / 3 else None
 
 
-def time_saved(runs: dict, policy: str) -> str:
-    """Training seconds saved against full training, over the seeds that both have on one device; a dash
-    where there are none."""
-    shared = runs[policy].keys() & runs["full"].keys()
-    shared = [s for s in shared if runs[policy][s].get("device") == runs["full"][s].get("device")]
-    if not shared or crowded(runs[policy]) or crowded(runs["full"]):
+def balanced_rival(runs: dict, policy: str) -> str | None:
+    """As many of every class by chance, at the same rate."""
+    chance = rival_of(policy) if policy.startswith("ast") else None
+    return chance and chance.replace("random", "balanced")
+
+
+def average(runs: dict, policy: str, key: str, form: str) -> str:
+    """Mean of a figure where every run knows it; a dash else, and for the seconds of a shared GPU."""
+    own = runs[policy]
+    silent = len(keep_with(own, key)) < len(own) or (key.endswith("seconds") and crowded(own))
+    return "-" if silent else format(mean(own, key), form)
+
+
+def accuracy(runs: dict, policy: str) -> str:
+    """Mean accuracy with its 95 % interval."""
+    values = [run["accuracy"] for run in runs[policy].values()]
+    return f"{statistics.mean(values):.2f}" + (f" ± {half_width(values):.2f}" if len(values) > 1 else "")
+
+
+def beside_full(runs: dict, policy: str) -> str:
+    """The gap to full training, and whether it is proven to be within the margin."""
+    full = gap(runs, policy, "full")
+    proven = full and full.seeds > 1 and full.mean - full.half > -MARGIN
+    return told(full, len(runs[policy])) + (" (not inferior)" if proven else "")
+
+
+def saved(runs: dict, policy: str) -> str:
+    """FLOPs saved at equal accuracy, with the interval, in words; a dash where that cannot be told."""
+    if is_plain(policy) or len(runs[policy]) < WORTH_A_SAVING:
         return "-"
-    ours, full = (sum(runs[name][seed]["train_seconds"] for seed in shared) for name in (policy, "full"))
-    return f"{100 * (1 - ours / full):.0f} %"
+    share, ends = saving_at_equal_accuracy(runs, policy), saving_interval(runs, policy)
+    return "-" if None in (share, ends) else f"{share:.0f} % ({ends[0]:.0f} to {ends[1]:.0f})"
+
+
+def minus(rival: Callable[[dict, str], str | None], key: str = "accuracy") -> Callable[[dict, str], str]:
+    """A column of differences to a rival."""
+    return lambda runs, policy: told(gap(runs, policy, rival(runs, policy), key), len(runs[policy]))
+
+
+def told(found: Gap | None, seeds: int) -> str:
+    """A difference; its seeds in brackets where they are not those of the row."""
+    return str(found or "-").removesuffix(f" ({seeds})")
+
+
+def figure_of(key: str, form: str) -> Callable[[dict, str], str]:
+    """A column of means."""
+    return lambda runs, policy: average(runs, policy, key, form)
+
+
+Column = Callable[[dict, str], str]
+COLUMNS: dict[str, Column] = {
+    "seeds": lambda runs, policy: str(len(runs[policy])),
+    "FLOPs ÷ full's": figure_of("cost", ".3f"),
+    "accuracy, %": accuracy,
+    "worst class": figure_of("worst_class", ".1f"),
+    "minus `random`": minus(lambda runs, policy: rival_of(policy)),
+    "minus `balanced`": minus(balanced_rival),
+    "minus `short`": minus(plain_at_its_cost),
+    "minus `infobatch`": minus(a_little_dearer),
+    "minus `full`": beside_full,
+    "saved at equal accuracy": saved,
+    "natural": figure_of("natural_accuracy", ".2f"),
+    "natural minus `random`": minus(lambda runs, policy: rival_of(policy), "natural_accuracy"),
+    "chosen wrong": figure_of("wrong_share", ".0%"),
+    "chosen frames": figure_of("repeat_share", ".0%"),
+    "training s": figure_of("train_seconds", ".0f"),
+    "joules": figure_of("joules", ".0f"),
+}
+
+
+def table(
+    bed: str, judged: str = "test", results: Path | None = None, shown: str = "", without: str = ""
+) -> str:
+    """The policies of a bed, dearest first, as markdown; `shown` is a pattern of their names. A column that
+    tells nothing of any policy is left out, and so are those that `without` names."""
+    runs = load(bed, judged, results)
+    names = [name for name in runs if re.search(shown, name)]
+    names.sort(key=lambda name: -mean(runs[name], "cost"))
+    left = {name: column for name, column in COLUMNS.items() if name not in without.split(", ")}
+    return as_markdown({"policy": names} | {h: [c(runs, name) for name in names] for h, c in left.items()})
+
+
+def as_markdown(columns: dict[str, list[str]]) -> str:
+    """A table of columns by heading; those that hold only dashes are left out."""
+    told = {head: cells for head, cells in columns.items() if any(cell != "-" for cell in cells)}
+    if not told:
+        return NOTHING
+    rows = [list(told), ["---"] * len(told), *zip(*told.values(), strict=True)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows).replace(" --- ", "---")
 
 
 def crowded(runs: dict[int, dict]) -> bool:
@@ -244,41 +214,13 @@ def crowded(runs: dict[int, dict]) -> bool:
     return any("side_by_side" in run for run in runs.values())
 
 
-def seconds(runs: dict[int, dict], key: str) -> str:
-    """Mean seconds; a dash where the runs shared a GPU."""
-    return "-" if crowded(runs) else f"{mean(runs, key):.0f}"
-
-
-def verdict(full: Gap | None) -> str:
-    """Whether a gap to full training is proven to be within the margin."""
-    return " (not inferior)" if full and full.seeds > 1 and full.mean - full.half > -MARGIN else ""
-
-
-def times(bed: str) -> str:
-    """Training seconds until shares of full's accuracy, as markdown."""
-    runs = load(bed)
-    if not runs:
-        return NOTHING
-    rows = ["| policy | " + " | ".join(f"{share:.0%}" for share in SHARES) + " |", "|" + "---|" * 5]
-    for name in sorted(runs, key=lambda name: -mean(runs[name], "cost")):
-        cells = [seconds_to(runs, name, share) for share in SHARES]
-        words = ("never" if cell is None else "-" if math.isnan(cell) else f"{cell:.0f} s" for cell in cells)
-        rows.append(f"| {name} | {' | '.join(words)} |")
-    return "\n".join(rows)
-
-
 def where(*beds: str, judged: str = "test") -> str:
-    """Machine, days, programs and sensors of the runs on beds, in one sentence."""
+    """Machine, days and number of the runs on beds, in one sentence."""
     runs = [run for bed in beds for own in load(bed, judged).values() for run in own.values()]
     if not runs:
         return NOTHING
     one = {key: ", ".join(sorted({str(run[key]) for run in runs})) for key in ("device", "torch", "date")}
-    programs = ", ".join(sorted({run["program"] for run in runs}))
-    joules = ", ".join(sorted({run["joules_method"] for run in runs}))
-    return (
-        f"{len(runs)} runs on {one['device']}, torch {one['torch']}, {one['date']}; judged on "
-        f"{runs[0]['judged_on']}; joules: {joules}; program {programs}."
-    )
+    return f"{len(runs)} runs on {one['device']}, torch {one['torch']}, {one['date']}."
 
 
 def saving_at_equal_accuracy(runs: dict, policy: str) -> float | None:
@@ -288,18 +230,23 @@ def saving_at_equal_accuracy(runs: dict, policy: str) -> float | None:
     are more accurate than every cheaper one; None outside of them, and between lengths so far apart that a
     straight line would make plain training look dear.
     """
+    cost = plain_cost(runs, mean(runs[policy], "accuracy"))
+    return None if cost is None else 100 * (1 - mean(runs[policy], "cost") / cost)
+
+
+def plain_cost(runs: dict, accuracy: float) -> float | None:
+    """Plain training's cost at an accuracy, a share of full training's; None where that cannot be told."""
     costs, accuracies = [], []
-    for cost, accuracy in sorted((mean(own, "cost"), mean(own, "accuracy")) for own in plain(runs)):
-        if not accuracies or accuracy > accuracies[-1]:
+    for cost, reached in sorted((mean(own, "cost"), mean(own, "accuracy")) for own in plain(runs)):
+        if not accuracies or reached > accuracies[-1]:
             costs.append(cost)
-            accuracies.append(accuracy)
-    accuracy = mean(runs[policy], "accuracy")
+            accuracies.append(reached)
     if len(costs) < 2 or not accuracies[0] <= accuracy <= accuracies[-1]:
         return None
     above = max(1, int(np.searchsorted(accuracies, accuracy)))
     if costs[above] > FAR * costs[above - 1] + 1e-9:
         return None
-    return 100 * (1 - mean(runs[policy], "cost") / float(np.interp(accuracy, accuracies, costs)))
+    return float(np.interp(accuracy, accuracies, costs))
 
 
 def saving_interval(runs: dict, policy: str, draws: int = 1000) -> tuple[float, float] | None:
@@ -333,126 +280,112 @@ def is_plain(policy: str) -> bool:
     return policy.startswith(("full", "short")) and ":" not in policy
 
 
-def colour(policy: str) -> str:
-    """The kit in blue, chance in grey, plain training in black, shuffled scores in red, others in orange."""
-    families = {"ast": "C0", "random": "C7", "rs2": "C7", "full": "k", "short": "k", "shuffled": "C3"}
-    return families.get(policy.partition("@")[0].partition(":")[0], "C1")
-
-
-def frontier(axis: Axes, runs: dict) -> None:
-    """Accuracy against training seconds, with 95 % intervals; plain training as a line. Where seconds say
-    nothing, against FLOPs."""
+def frontier(axis: Axes, runs: dict, kind: str = "", saver: str = "") -> None:
+    """Accuracy with 95 % intervals against cost: FLOPs where seconds say nothing. A line a policy, named
+    beside it; `kind` follows AST's names, and what the policy `saver` saves stands at its gap."""
     crowd = any(crowded(own) for own in runs.values())
-    key, points = "cost" if crowd else "train_seconds", {}
-    for name, own in runs.items():
-        accuracies = [run["accuracy"] for run in own.values()]
-        width = half_width(accuracies) if len(own) > 1 else 0
-        points[name] = mean(own, key), statistics.mean(accuracies)
-        axis.errorbar(*points[name], yerr=width, fmt="o", ms=4, color=colour(name), lw=1)
-    line = sorted((mean(own, key), mean(own, "accuracy")) for own in plain(runs))
-    axis.plot(*zip(*line, strict=True), color="k", lw=0.8, ls=":")
+    key = "cost" if crowd else "train_seconds"
+    patterns = {"short": "full|short@[0-9.]+", "random": "random@[0-9.]+", "ast": f"ast@[0-9.]+{kind}"}
+    for family, pattern in patterns.items():
+        names = [name for name in runs if re.fullmatch(pattern, name)]
+        points = sorted((mean(runs[name], key), mean(runs[name], "accuracy"), name) for name in names)
+        axis.plot([x for x, _, _ in points], [y for _, y, _ in points], color=COLOURS[family], lw=1.2)
+        for x, y, name in points:
+            values = [run["accuracy"] for run in runs[name].values()]
+            width, colour = half_width(values) if len(values) > 1 else 0, COLOURS[name.partition("@")[0]]
+            axis.errorbar(x, y, yerr=width, fmt="o", ms=5, capsize=3, color=colour, lw=1.2)
     axis.set_xlabel(
-        "FLOPs ÷ full training's, scoring included" if crowd else "training seconds, scoring included"
+        "FLOPs, a share of full training's, scoring included"
+        if crowd
+        else "training seconds, scoring included"
     )
-    axis.set_ylabel("accuracy, %")
-    axis.grid(alpha=0.2)
-    name_points(axis, points)
+    axis.set_ylabel("test accuracy, %")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    if saver:
+        show_saving(axis, runs, saver)
 
 
-def name_points(axis: Axes, points: dict[str, tuple[float, float]]) -> None:
-    """A name beside each point; where two would lie on each other, the upper one moves up."""
-    axis.figure.draw_without_rendering()  # the scale is settled only then
-    taken: list[tuple[np.ndarray, int]] = []  # points of a printer, 1/72 inch; length of the name
-    for name, point in sorted(points.items(), key=lambda item: item[1][1]):
-        anchor = axis.transData.transform(point) * 72 / axis.figure.dpi
-        at = anchor + np.array([4, -6])
-        while any(
-            -4 * length < other[0] - at[0] < 4 * len(name) and abs(at[1] - other[1]) < 7
-            for other, length in taken
-        ):
-            at[1] += 1
-        taken.append((at, len(name)))
-        axis.annotate(
-            name, point, fontsize=6, color=colour(name), xytext=at - anchor, textcoords="offset points"
-        )
+def show_saving(axis: Axes, runs: dict, policy: str) -> None:
+    """An arrow from a policy to plain training of its accuracy, with what lies between."""
+    ours, accuracy = mean(runs[policy], "cost"), mean(runs[policy], "accuracy")
+    theirs = plain_cost(runs, accuracy)
+    arrow = {"arrowstyle": "<->", "color": "black", "lw": 1.2, "shrinkA": 5, "shrinkB": 0}
+    axis.annotate("", (theirs, accuracy), (ours, accuracy), arrowprops=arrow)
+    at = {"xytext": (-8, -22), "textcoords": "offset points", "va": "top", "fontsize": 11}
+    axis.annotate(f"the same accuracy for\n{saved(runs, policy)} fewer FLOPs", (theirs, accuracy), **at)
 
 
-def savings(axis: Axes, runs: dict) -> None:
-    """FLOPs saved against plain training cut to the same accuracy, a bar a policy."""
-    found = {name: saving_at_equal_accuracy(runs, name) for name in runs if not is_plain(name)}
-    known = sorted((value, name) for name, value in found.items() if value is not None)
-    axis.barh([name for _, name in known], [value for value, _ in known], color=[colour(n) for _, n in known])
-    if beyond := [name for name, value in found.items() if value is None]:
-        axis.set_title(f"outside plain training's range: {', '.join(beyond)}", fontsize=6, wrap=True)
-    axis.axvline(0, color="k", lw=0.8)
-    axis.set_xlabel("FLOPs saved against plain training cut to the same accuracy, %")
-    axis.tick_params(axis="y", labelsize=7)
-    axis.grid(axis="x", alpha=0.2)
+# A picture: bed, what follows AST's names, whose saving is told, title, and where names stand: policy, words,
+# offset in points.
+PICTURES = {
+    "result": (
+        "whole",
+        "",
+        "ast@0.4",
+        "All of CIFAR-10, `resnet`, 20 epochs",
+        {
+            "ast@0.57": ("AST", (9, 3)),
+            "full": ("full training", (-75, 6)),
+            "random@0.2": ("random selection of as many images", (10, -6)),
+            "short@0.7500": ("short: fewer epochs", (12, -12)),
+        },
+    ),
+    "tail": (
+        "tail-gpu",
+        ":balance=true",
+        "ast@0.4:balance=true",
+        "CIFAR-10 with a long tail, 16 epochs",
+        {
+            "ast@0.6:balance=true": ("AST with --balance", (9, 3)),
+            "full": ("full training", (-75, 8)),
+            "random@0.1": ("random selection of as many images", (10, -10)),
+            "short@0.6250": ("short: fewer epochs", (10, -12)),
+        },
+    ),
+}
 
 
-def trial_table(trials: list, default: str) -> str:
-    """What came of trials of the search, on held-out training images."""
-    rows = [
-        "| trial | expected | on | accuracy minus the default's | FLOPs ÷ full's | training s |",
-        "|---|---|---|---|---|---|",
-    ]
+def draw(name: str) -> None:
+    """Writes docs/NAME.png."""
+    bed, kind, saver, title, labels = PICTURES[name]
+    figure = Figure(figsize=(8.3, 4.2), layout="constrained")
+    axis, runs = figure.subplots(), load(bed)
+    frontier(axis, runs, kind, saver)
+    seeds = len(runs[saver])
+    axis.set_title(f"{title}, {seeds} seeds (bars: 95 % intervals)".replace("`", ""), loc="left", fontsize=11)
+    for policy, (words, offset) in labels.items():
+        point, colour = (mean(runs[policy], "cost"), mean(runs[policy], "accuracy")), policy.partition("@")[0]
+        axis.annotate(words, point, offset, textcoords="offset points", color=COLOURS[colour], fontsize=11)
+    figure.savefig(ROOT / "docs" / f"{name}.png", dpi=150)
+
+
+def spread(trials: list, default: str) -> tuple[str, str, str]:
+    """Of trials of the search: how many were run, the best and the worst against the rule they change."""
+    found = []
     for trial in trials:
         for bed in trial.beds:
-            runs = load(bed, "held_out")
-            found = gap(runs, trial.run, default)
-            if trial.run not in runs or (found is None and trial.run != default):
-                continue
-            wrong = [run["wrong_share"] for run in runs[trial.run].values()]
-            came = str(found or "the default itself")
-            came += "" if wrong[0] is None else f"; {statistics.mean(wrong):.0%} wrong in gated epochs"
-            cost, took = mean(runs[trial.run], "cost"), seconds(runs[trial.run], "train_seconds")
-            rows.append(f"| `{trial.policy}` | {trial.expected} | {bed} | {came} | {cost:.3f} | {took} |")
-    return "\n".join(rows) if len(rows) > 2 else NOTHING
+            if one := gap(load_searched(bed), trial.run, default):
+                found.append((one.mean, f"`{trial.policy}` {one}" + ("" if bed == "tail" else f", {bed}")))
+    return (str(len(found)), max(found)[1], min(found)[1]) if found else ("0", "-", "-")
 
 
-def besides(named: set[tuple[str, str]]) -> dict[str, list[str]]:
-    """Policies run on held-out images of each bed that are not among those named, as (bed, policy)."""
-    found = {bed: [name for name in load(bed, "held_out") if (bed, name) not in named] for bed in searched()}
-    return {bed: rest for bed, rest in found.items() if rest}
-
-
-def rival_table(tried: dict[str, list[str]]) -> str:
-    """Policies on held-out training images beside chance and plain training at their cost, bed by bed."""
-    rows = [
-        "| policy | on | seeds | accuracy, % | minus `random` | minus `short` | minus `full` | "
-        "FLOPs ÷ full's |",
-        "|" + "---|" * 8,
-    ]
-    for bed, names in tried.items():
-        runs = load(bed, "held_out")
-        for name in (name for name in names if name in runs):
-            plain_one = None if is_plain(name) else plain_at_its_cost(runs, name)
-            rivals = [rival_of(name), plain_one, "full"]
-            gaps = " | ".join(str((rival and gap(runs, name, rival)) or "-") for rival in rivals)
-            accuracy, cost = mean(runs[name], "accuracy"), mean(runs[name], "cost")
-            rows.append(f"| `{name}` | {bed} | {len(runs[name])} | {accuracy:.2f} | {gaps} | {cost:.3f} |")
-    return "\n".join(rows) if len(rows) > 2 else NOTHING
+@functools.cache
+def load_searched(bed: str) -> dict[str, dict[int, dict]]:
+    """The runs of a bed that held-out images judged."""
+    return load(bed, "held_out")
 
 
 def main() -> None:
-    """Draws both figures of the beds in PICTURED, without policies of which the search changed a setting."""
-    for bed, every in ((bed, load(bed)) for bed in PICTURED):
-        if "full" not in every:
-            continue
-        ours = {name for _, name in default_rows(every)}
-        shown = {*ours, *(rival_of(name) for name in ours)}
-        runs = {
-            name: own
-            for name, own in every.items()
-            if name.partition(":")[2] in ("", "lean", "balance=true") or name in shown
-        }
-        comparable = len(runs["full"]) >= WORTH_A_LINE and any(
-            saving_at_equal_accuracy(runs, name) for name in runs if not is_plain(name)
-        )
-        for draw in (frontier, savings) if comparable else (frontier,):
-            figure = Figure(figsize=(8, 5), layout="constrained")
-            draw(figure.subplots(), runs)
-            figure.savefig(ROOT / "docs" / f"{draw.__name__}_{bed}.png", dpi=90)
+    """Draws both pictures, or prints all that was run on a bed."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("bed", nargs="?", help="print its policies, on test images and on held-out ones")
+    if bed := parser.parse_args().bed:
+        for judged, who in JUDGES.items():
+            print(f"\n{who}: {where(bed, judged=judged)}\n\n{table(bed, judged)}")
+        return
+    for name in PICTURES:
+        draw(name)
 
 
 if __name__ == "__main__":

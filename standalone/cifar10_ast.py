@@ -23,17 +23,17 @@
 # %% Adaptive sparse training on CIFAR-10 [markdown]
 # # Adaptive sparse training on CIFAR-10
 #
-# Trains each epoch only on the images that still teach the model something, beside plain training and random
-# selection in the same process, and prints what that saved and what it cost, whichever way it falls.
+# Trains each epoch only on the images that still teach the model something. Plain training and random
+# selection run beside it, and what that saved is printed, whichever way it falls.
 #
 # <!-- measured -->
-# Measured on CIFAR-10 (as JPEGs), `simple_cnn`, 40 epochs on 10.4% of the samples, mean of 3 seeds: AST
-# 78.69 %, random selection of as many 77.49 %, a difference of +1.21 ± 0.25 (3); plain training of 5
-# epochs, 20% dearer, 78.81 %, -0.11 ± 0.24 (3). cpu (AMD EPYC, 1 threads), 2026-11-23.
+# In 40 epochs of `simple_cnn` on 10.4% of the samples AST reached 78.69 %: +1.21 ± 0.25 points beside
+# random selection of as many, -0.11 ± 0.24 beside plain training that was 20% dearer (95 % intervals, 3
+# seeds; cpu (AMD EPYC, 1 threads), 2026-11-23).
 # <!-- /measured -->
 #
-# As a script, alone, anywhere: `python cifar10_ast.py`, about five minutes on a CPU; see `--help`.
-# As a notebook: Run all. Needs torch 2.10 or newer, torchvision, numpy, matplotlib and tqdm; no GPU.
+# Run all: about five minutes on a CPU. The same file is a script, alone, anywhere. It needs torch 2.10 or
+# newer, torchvision, numpy, matplotlib and tqdm; no GPU.
 
 # %% Your run [markdown]
 # ## Your run

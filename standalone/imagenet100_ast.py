@@ -26,23 +26,19 @@
 # <!-- badges -->
 # <!-- /badges -->
 #
-# Fine-tunes a pretrained network on ImageNet-100, or on any folder of images, and in each epoch reads,
-# decodes and trains only the images that still teach the model something. Plain training, plain training cut
-# short to the same cost, and random selection run beside it in the same process; what was measured is
-# printed, whichever way it falls.
+# Fine-tunes a pretrained network on a folder of images, and in each epoch decodes and trains only those that
+# still teach the model something. Plain training, plain training cut short to the same cost, and random
+# selection run beside it; what that saved is printed, whichever way it falls.
 #
 # <!-- measured -->
-# Measured on 10,000 images of 100 classes of ImageNet at 64 pixels, `resnet18` from scratch, 10 epochs, 3
-# seeds: AST 17.71 %, after 416 s of training. That is +0.04 ± 0.25 points against plain training cut to
-# that cost, and -0.37 ± 0.23 against random selection (95 % intervals; cpu (AMD EPYC, 1 threads),
-# 2026-11-23). From full-size JPEGs, a candidate at a = 0.25 takes 0.25 of the time of a trained image (cpu
-# (Intel(R) Xeon(R) Processor, 2 threads), 2026-11-22). Not measured on a GPU yet.
+# On 10,000 images of 100 classes at 64 pixels, `resnet18` from scratch, 10 epochs, AST was +0.04 ± 0.25
+# points beside plain training cut to its cost, -0.37 ± 0.23 beside random selection (95 % intervals, 3
+# seeds; cpu (AMD EPYC, 1 threads), 2026-11-23); fine-tuning was not measured.
 # <!-- /measured -->
 #
-# As a script, alone, anywhere: `python imagenet100_ast.py --data path/to/images`; `--help` lists the flags.
-# As a notebook: name your data in the form "Your run", then Run all. Needs torch 2.10 or newer, torchvision,
-# numpy, Pillow, matplotlib and tqdm. A GPU such as a T4 is what it is meant for; a CPU takes it too, with
-# smaller images and a smaller network.
+# Name your data in the form "Your run", then Run all. The same file is a script, alone, anywhere. It needs
+# torch 2.10 or newer, torchvision, numpy, Pillow, matplotlib and tqdm. It is meant for a GPU such as a T4; a
+# CPU takes it too, with smaller images and a smaller network.
 
 # %% Your run [markdown]
 # ### Your run

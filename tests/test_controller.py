@@ -2,16 +2,22 @@
 
 import itertools
 import math
+import sys
 from dataclasses import replace
 from statistics import mean
 
+import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_gate import PURE_PI, TARGETS, drive, taught
 
 import cifar10_ast as ast
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import controller as bench
 
 
 def rates_of(gate, n, epochs, target, generator, lose=0.0):
@@ -119,6 +125,42 @@ def test_the_learning_rate_is_continuous_and_ends_at_zero():
     assert max(values) == pytest.approx(1)
     assert values[-1] == 0
     assert max(abs(a - b) for a, b in itertools.pairwise(values)) < 0.005
+
+
+@given(target=TARGETS, chunk=st.integers(100, 900), seed=st.integers(0, 1000))
+@settings(deadline=None, max_examples=25)
+def test_the_rate_is_within_its_bound_after_any_number_of_chunks(target, chunk, seed):
+    generator = torch.Generator().manual_seed(seed)
+    gate = ast.RememberedGate(ast.ASTConfig(), 5000)
+    gate.observe(torch.arange(5000), torch.rand(5000, generator=generator))
+    taken = offered = 0
+    for number, candidates in enumerate(torch.randperm(5000, generator=generator).split(chunk), 1):
+        taken += len(gate.select(candidates, target, generator)[0])
+        offered += len(candidates)
+        assert abs(taken / offered - target) <= (1 + 0.001 * number) / offered + 1e-9
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.3, 1.0])
+@pytest.mark.parametrize("gain", [0.5, 1.0, 1.5])
+def test_the_linear_model_is_the_controller_of_the_program(alpha, gain):
+    """A lasting disturbance of the rate, within the anti-windup's room: both fall back alike."""
+    real, disturbance = ast.Controller(ast.ASTConfig(ema_alpha=alpha)), 0.02
+    matrix, state = bench.loop(alpha, real.KP, real.KI, gain), np.zeros(3)
+    drive = np.array([alpha * disturbance, real.KI * alpha * disturbance, 0.0])
+    for _ in range(60):
+        asked = real.threshold(0.5, -1.0) - 0.5  # the slope of -1 turns its sign
+        real.update(round((0.4 - gain * asked - disturbance) * 10**6), 10**6, 0.4, exact=False)
+        state = matrix @ state + drive
+        assert (real.error, real.integral) == pytest.approx(tuple(state[:2]), abs=1e-4)
+    assert abs(real.error) < 0.002
+
+
+def test_the_loop_is_stable_as_far_as_the_formula_says():
+    kp, ki = ast.Controller.KP, ast.Controller.KI
+    for alpha in (0.1, 0.3, 1.0):
+        bound = min((4 - 2 * alpha) / (alpha * (2 * kp + ki)), (2 - alpha) / (alpha * kp))
+        assert bench.gain_limit(alpha, kp, ki, late=False) == pytest.approx(bound, rel=1e-3)
+        assert 1 < bench.gain_limit(alpha, kp, ki, late=True) < bound
 
 
 CANNOT_BE = [("target_activation", value) for value in (0, 1.4, math.nan, True)]
