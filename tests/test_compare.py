@@ -15,8 +15,8 @@ import timm
 import torch
 from conftest import ROOT
 from matplotlib.figure import Figure
-from PIL import Image
 from matplotlib.text import Text
+from PIL import Image
 from test_gate import first_pixel, views
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
