@@ -1999,6 +1999,10 @@ def vit(classes: int) -> ViT:
 # and at a few learned *global* tokens, which see everything. Here it computes only what it keeps: tokens come
 # in blocks of 16, and a block of queries gathers the blocks beside it and those whose mean key suits its mean
 # query best.
+#
+# <!-- attention -->
+# Not measured yet.
+# <!-- /attention -->
 
 
 # %% Sparse attention tags=["fold"]
