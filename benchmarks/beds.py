@@ -40,7 +40,7 @@ class Bed:
     wrong: float = 0.0  # share of the training labels replaced by another class
     filmed: float = 0.0  # share of the training images that come as FRAMES frames each
     pretrained: bool = False  # begin with weights trained on the other classes
-    width: int = 0  # of the program's own `resnet`, with its recipe; 0 takes the compact network
+    width: int = 0  # of the program's `resnet`; 0: its `vit` where `settings` name it, or the compact network
     settings: dict = field(default_factory=dict)
 
     def split(self, data: ast.ImageData, held_out: bool) -> "Split":
@@ -153,6 +153,11 @@ BEDS: dict[str, Bed] = {
         size=20_000,
         width=16,
         settings={"epochs": 20, "model": "resnet", "batch_size": 128},
+    ),
+    "vit": Bed(
+        "20,000 images of CIFAR-10, the program's `vit`, 20 epochs",
+        size=20_000,
+        settings={"epochs": 20, "model": "vit", "batch_size": 128},
     ),
     "filmed": Bed(
         "3,500 images of CIFAR-10, a tenth of them as 20 frames each, slightly moved (made), 30 epochs",

@@ -182,8 +182,9 @@ def build(bed: Bed, chosen: Policy, seed: int, split: Split) -> ast.AdaptiveSpar
     settings = replace(Settings(), **{"device": "cpu", **bed.settings, **chosen.settings})
     device = torch.device(settings.device)
     torch.manual_seed(seed)
-    if bed.width:
-        model = ast.resnet(len(bed.classes), bed.width).to(device, memory_format=torch.channels_last)
+    if bed.width or settings.model == "vit":
+        made = functools.partial(ast.resnet, width=bed.width) if bed.width else ast.vit
+        model = made(len(bed.classes)).to(device, memory_format=torch.channels_last)
         optimizer, criterion = ast.recipe(settings, model)
     else:
         model = compact(len(bed.classes), split.images, settings.batch_size).to(device)

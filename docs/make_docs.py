@@ -304,6 +304,23 @@ def evidence_on_images() -> str:
     )
 
 
+def attention() -> str:
+    """From which length sparse attention pays, and what it does at the 64 tokens of an image."""
+    runs = books.read(books.RESULTS / "attention.jsonl")
+    if not runs:
+        return "Not measured yet."
+    seconds = {(case["length"], case["kind"]): case["seconds"] for case in runs[-1]["cases"]}
+    lengths = sorted({length for length, _ in seconds})
+    times = {n: seconds[n, "sparse"] / seconds[n, "dense"] for n in lengths}
+    pays = [n for n in lengths if all(times[m] < 1 for m in lengths if m >= n)]
+    words = f"it pays from {pays[0]:,} tokens on" if pays else "it never pays"
+    return (
+        f"At the {lengths[0]} tokens of an image it takes {times[lengths[0]]:.2f} times as long as dense "
+        f"attention, forward and backward, and at {lengths[-1]:,} tokens {times[lengths[-1]]:.2f} times; of "
+        f"the lengths tried {words} ({runs[-1]['device']}, {runs[-1]['date']}; docs/configuration.md)."
+    )
+
+
 def between(text: str, name: str, content: str, prefix: str = "") -> str:
     """`text` with `content` between the marks of that name."""
     body = "\n".join((prefix + line).rstrip() for line in content.splitlines())
@@ -335,6 +352,8 @@ def derived() -> dict[Path, str]:
         script = standalone / f"{name}.py"
         wrapped = textwrap.fill(words, 105)
         files[script] = between(script.read_text(encoding="utf-8"), "measured", wrapped, "# ")
+    script = standalone / "cifar10_ast.py"
+    files[script] = between(files[script], "attention", textwrap.fill(attention(), 105), "# ")
     return files
 
 

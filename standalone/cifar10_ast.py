@@ -146,6 +146,7 @@ except ImportError:  # Windows
 SCORED = ("remembered", "live")  # gates that look at significance
 GATES = (*SCORED, "random", "full")
 RESOLUTIONS = ("full", "progressive")
+KEEP_BY = ("chance", "significance", "sample")
 SIGNIFICANCES = ("loss", "loss+entropy", "loss+intensity", "gradient")
 
 
@@ -214,6 +215,8 @@ class ASTConfig:
     guard: bool = option(True, "", "rank as average what stays hard visit after visit")
     balance: bool = option(False, "", "activate as many of every class, for classes that are rare")
     resolution: str = option("full", RESOLUTIONS, "pixels of a step: all, or fewer at first")
+    keep_tokens: float = option(1.0, "(0, 1]", "share of an image's patches that a step of a ViT sees")
+    keep_by: str = option("chance", KEEP_BY, "what decides on the patches")
     feedforward: bool = option(True, "", "solve for θ; off is the pure PI of the original reports")
     initial_threshold: float = option(0.5, "(-inf, inf)", "θ at the start of the pure PI, on the rank scale")
     adapt_kp: float = option(0.005, "[0, inf)", "proportional gain of the pure PI, θ per rate")
@@ -258,7 +261,8 @@ class ASTConfig:
 # @title Settings
 PROGRAM = "cifar10_ast"
 KAGGLE_DATA = "pankrzysiu/cifar10-python"  # the data set to attach to a notebook on Kaggle
-POLICY = "(full|random|short|dense|dense-short)"
+MODELS = ("simple_cnn", "resnet", "vit", "sparse_vit")
+POLICY = "(full|random|short|dense|dense-short|keep-short)"
 
 
 @dataclass
@@ -270,13 +274,13 @@ class Settings(ASTConfig):
     )
     data_dir: str | None = option(None, "", "folder for downloads, searched first; the platform decides")
     train_size: int = option(0, "[0, inf)", "training samples, drawn evenly from the classes; 0 takes all")
-    model: str = option("simple_cnn", ("simple_cnn", "resnet"), "the network")
-    weight_decay: float = option(5e-4, "[0, inf)", "per step, times the learning rate")
+    model: str = option("simple_cnn", MODELS, "the network")
+    weight_decay: float | None = option(None, "[0, inf)", "times the learning rate a step; the model decides")
     seeds: str = option("0", r"\d{1,9}(,\d{1,9})*", "one run of every policy per seed, such as 0,1,2")
     compare: str = option(
         "full,random",
         f"(none|{POLICY}(,{POLICY})*)?",
-        "beside it: full, random, short, dense, dense-short; or none",
+        "beside it: full, random, short, dense, dense-short, keep-short; or none",
     )
     out: str | None = option(None, "", "folder for results, of one run at a time; the platform decides")
     resume: bool = option(False, "", "go on from the last whole epoch in --out")
@@ -764,6 +768,7 @@ class Schedule:
     ramp: int
     anneal: int
     progressive: bool = False
+    keep: float = 1.0  # share of a sample's patches, before the anneal
     rates: list[float] | None = None  # given rates, epoch by epoch: another run's realised ones
 
     @classmethod
@@ -777,7 +782,7 @@ class Schedule:
         if warmup + ramp + anneal > epochs:
             phases = f"warm-up {warmup}, ramp {ramp}, anneal {anneal}"
             raise BadInput(f"{phases}: expected at most {epochs} epochs together; shorten them")
-        return cls(epochs, warmup, ramp, anneal, config.resolution == "progressive")
+        return cls(epochs, warmup, ramp, anneal, config.resolution == "progressive", config.keep_tokens)
 
     def phase(self, epoch: int) -> str:
         """The phase of an epoch counted from 0: warmup, ramp, sparse or anneal."""
@@ -801,6 +806,10 @@ class Schedule:
         """The side of an epoch's views, as a share of the whole side."""
         stages = self.STAGES if self.progressive and epoch < self.epochs - 1 else ()
         return next((side for until, side in stages if epoch < until * self.epochs), 1.0)
+
+    def kept(self, epoch: int) -> float:
+        """The share of a sample's patches that a step of an epoch sees: at the end all."""
+        return self.keep if epoch < self.epochs - max(1, self.anneal) else 1.0
 
     def steps(self, first: int, target: float, n: int, batch_size: int) -> int:
         """Steps of n candidates an epoch from the epoch `first` to the end."""
@@ -1123,7 +1132,7 @@ class AdaptiveSparseTrainer:
         self.dtype = pick_dtype(config.amp, self.device)
         mixed = {"dtype": self.dtype or torch.bfloat16, "enabled": self.dtype is not None}
         self.autocast = functools.partial(torch.autocast, self.device.type, **mixed)
-        self.model = model.to(self.device)
+        self.model = able_to_keep(model, config.keep_tokens).to(self.device)
         how = self.device, config.batch_size
         self.train_source = as_source(train_loader, *how, "train_loader", classes=criterion is None)
         self.val_source = as_source(val_loader, *how, "val_loader")
@@ -1234,11 +1243,12 @@ class AdaptiveSparseTrainer:
         shape = learning_rate_shape(self.progress) * self.controls.values["learning_rate_factor"]
         set_rates(self.optimizer, self.peak_lrs, shape)
         how = self.criterion, self.judge, self.autocast, self.clip_norm
+        batch, flops = thinned(self, batch)
         with enough_memory():
             self.tally.add(batch, *train_step(self.model, self.optimizer, self.scaler, batch, *how))
         cost = self.ledger.costs[self.phase]
         cost.activated += len(batch)
-        cost.flops += len(batch) * self.flops[mode_at("training", batch.images, self.train_source)]
+        cost.flops += flops
         self.progress += (1 - self.progress) / steps_left(self)
 
     def remember(self) -> None:
@@ -1374,7 +1384,9 @@ def arrivals(trainer: AdaptiveSparseTrainer, batches: Iterable[Batch]) -> Iterat
         trainer.readable[batch.missing] = False
         give_up(trainer.gate, batch.missing)
         if len(batch):
+            began = time.perf_counter()
             count_flops(trainer, trainer.train_source, batch.images, batch.labels)
+            trainer.tally.waited -= time.perf_counter() - began  # that was no waiting for data
             yield batch
 
 
@@ -1437,18 +1449,25 @@ def evaluate(trainer: AdaptiveSparseTrainer) -> float | None:
         return 100 * float(right) / count
 
 
-def mode_at(mode: str, images: Tensor, source: ArraySource) -> str:
-    """What the FLOPs of a view in a mode are filed under: with its side, where that is not the whole one."""
-    return mode if getattr(source, "side", 1.0) == 1 else f"{mode} at {images.shape[-1]} pixels"
+def mode_at(mode: str, images: Tensor, source: ArraySource, share: float = 1.0) -> str:
+    """What the FLOPs of a view in a mode are filed under: with its side and the share of its patches, where
+    these are not the whole ones."""
+    mode = mode if getattr(source, "side", 1.0) == 1 else f"{mode} at {images.shape[-1]} pixels"
+    return mode if share == 1 else f"{mode} on {share:.4g} of the patches"
 
 
-def count_flops(trainer: AdaptiveSparseTrainer, source: ArraySource, images: Tensor, labels: Tensor) -> None:
-    """FLOPs a view of each mode, once a side, at nobody's cost. Raises BadInput for a model that does not
-    fit."""
-    modes = {mode_at(mode, images, source): mode == "training" for mode in ("evaluation", "training")}
+def count_flops(
+    trainer: AdaptiveSparseTrainer, source: ArraySource, images: Tensor, labels: Tensor, share: float = 1.0
+) -> None:
+    """FLOPs a view of each mode, once a side and share of the patches, of which only training leaves some
+    out; at nobody's cost. Raises BadInput for a model that does not fit."""
+    modes = ("evaluation", "training") if share == 1 else ("training",)
+    modes = {mode_at(mode, images, source, share): mode == "training" for mode in modes}
     if modes.keys() <= trainer.flops.keys():
         return
-    began, first = time.perf_counter(), not trainer.flops
+    first = not trainer.flops
+    if hasattr(trainer.model, "kept_shares"):
+        trainer.model.kept_shares = (share,)
     few = images[[0, -1]]  # batch norm needs two
     with trainer.ledger.charge(None):
         for mode, training in modes.items():
@@ -1463,7 +1482,48 @@ def count_flops(trainer: AdaptiveSparseTrainer, source: ArraySource, images: Ten
     if first and not are_classes(labels):
         text = "labels that are no classes: the significance of a sample is its own loss"
         trainer.emit("notice", text=text)
-    trainer.tally.waited -= time.perf_counter() - began  # that was no waiting for data
+
+
+# %% Patches left out tags=["shared", "fold"]
+# @title Patches left out
+PARTS, GRAIN = 4, 8  # of a batch, by significance, each with one share: a multiple of an eighth
+
+
+def able_to_keep(model: nn.Module, share: float) -> nn.Module:
+    """The model. Raises BadInput where it is to keep a share of the patches, and has no `kept_shares`."""
+    if share < 1 and not hasattr(model, "kept_shares"):
+        raise BadInput(
+            f"--keep-tokens {share:g}: expected 1, as this model takes whole images; change either"
+        )
+    return model
+
+
+def thinned(trainer: AdaptiveSparseTrainer, batch: Batch) -> tuple[Batch, float]:
+    """A batch in the order in which the step takes it, and the FLOPs of the step. Tells a model that can
+    leave patches out which share to keep in each of equal parts of the batch."""
+    model, source, config = trainer.model, trainer.train_source, trainer.config
+    shares, memory = (trainer.schedule.kept(trainer.epoch),), getattr(trainer.gate, "memory", None)
+    if shares[0] < 1 and config.keep_by == "sample" and memory:
+        shares, order = shares_by_rank(memory.rank(batch.indices), shares[0], config.temperature)
+        batch = batch.rows(batch.indices[order], batch.weights[order])
+    flops, parts = 0.0, batch.images.tensor_split(len(shares))
+    for part, share in zip(parts, shares, strict=True):
+        count_flops(trainer, source, batch.images, batch.labels, share)
+        flops += len(part) * trainer.flops[mode_at("training", part, source, share)]
+    if hasattr(model, "kept_shares"):
+        model.kept_shares, model.keep_by = shares, config.keep_by
+    return batch, flops
+
+
+def shares_by_rank(u: Tensor, keep: float, temperature: float) -> tuple[tuple[float, ...], Tensor]:
+    """Shares of the patches, one for each of at most PARTS parts of samples with ranks u [m], on average
+    `keep`; and the samples' order, int64 [m]. A share follows the rank as an activation probability does."""
+    theta = solve_threshold(u, keep * len(u), keep, temperature)
+    p, order = activation_probability(u, theta, keep, temperature).sort()
+    means = torch.stack([part.mean() for part in p.tensor_split(min(PARTS, len(u)))])
+    ends = (GRAIN * means).cumsum(0).round()  # so that rounding moves the sum by half a grain at most
+    grains = ends.diff(prepend=torch.zeros(1)).clamp(1, GRAIN)
+    return tuple((grains / GRAIN).tolist()), order
 
 
 # %% Rows and results tags=["shared", "fold"]
@@ -1530,6 +1590,7 @@ def epoch_row(trainer: AdaptiveSparseTrainer, accuracy: float) -> dict:
         "data_wait_percent": waited,
         "learning_rate": trainer.optimizer.param_groups[0]["lr"],
         "resolution": tally.side,
+        "kept": trainer.schedule.kept(trainer.epoch),
     }
 
 
@@ -1834,7 +1895,8 @@ def resnet(classes: int, width: int = 32) -> nn.Module:
 
 def bare_model(name: str, classes: int, side: int) -> nn.Module:
     """The model of a name, for images [B, 3, side, side], of 32 pixels, to logits [B, classes]."""
-    model = {"simple_cnn": simple_cnn, "resnet": resnet}[name](classes)
+    sparse = functools.partial(SparseViT, side, 4)
+    model = dict(zip(MODELS, (simple_cnn, resnet, vit, sparse), strict=True))[name](classes)
     return model.to(memory_format=torch.channels_last)
 
 
@@ -1846,6 +1908,156 @@ def takes_small_views(settings: Settings) -> bool:
 def build_model(settings: Settings, data: ImageData) -> nn.Module:
     """The model that the settings name, with random weights and an output for each class of the data."""
     return bare_model(settings.model, len(data.classes), IMAGE_SIZE)
+
+
+# %% A vision transformer [markdown]
+# ### A vision transformer
+#
+# `vit` cuts an image into patches of 4 x 4 pixels, 64 *tokens*, which look at one another in every block
+# (Dosovitskiy et al. 2021). Their positions are learned on a grid, which is stretched for another side.
+#
+# A token costs nearly the same wherever it stands, so leaving patches out saves in proportion.
+# `--keep-tokens 0.5` trains on half of the patches of each image, and on all of them in the anneal and in
+# evaluation. Which ones, `--keep-by` says: *chance* (PatchDropout, Liu et al. 2023), *significance*, the
+# likelier the more a patch's pixels deviate from their mean, or *sample*: by chance, but more of the images
+# that are hard. Hard means here what it means to the gate, and the share follows the rank as $p(u)$ does.
+
+
+# %% A vision transformer
+class Attention(nn.Module):
+    """Multi-head self-attention; `attend` takes queries, keys and values [B, heads, N, width / heads]."""
+
+    def __init__(self, width: int, heads: int, attend: Callable[[Tensor, Tensor, Tensor], Tensor]):
+        super().__init__()
+        self.heads, self.attend = heads, attend
+        self.inputs, self.outputs = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.inputs(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.outputs(self.attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+class ViT(nn.Module):
+    """Six blocks, for images [B, 3, H, W] of any side that `patch` divides, to logits [B, classes].
+
+    In training it keeps `kept_shares` of the patches, one share for each of as many equal parts of the batch,
+    as `keep_by` says; in evaluation all of them.
+    """
+
+    kept_shares, keep_by = (1.0,), "chance"
+
+    def __init__(
+        self, classes: int, width: int, heads: int, side: int, patch: int, extra: int, attend: Callable
+    ):
+        """side: of the images that its positions are made for. extra: learned tokens before the patches."""
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, patch, stride=patch)
+        self.positions = nn.Parameter(0.02 * torch.randn(1, width, side // patch, side // patch))
+        self.extra = nn.Parameter(0.02 * torch.randn(1, extra, width))
+        self.blocks = nn.Sequential()
+        for _ in range(6):
+            mlp = nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+            self.blocks.append(Residual(nn.LayerNorm(width), Attention(width, heads, attend)))
+            self.blocks.append(Residual(nn.LayerNorm(width), *mlp))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens, shares = self.patches(images), self.kept_shares if self.training else (1.0,)
+        positions = F.interpolate(self.positions, tokens.shape[2:], mode="bilinear")
+        tokens, found = (tokens + positions).flatten(2).transpose(1, 2), []
+        parts = images.tensor_split(len(shares)), tokens.tensor_split(len(shares)), shares
+        for seen, part, share in zip(*parts, strict=True):
+            kept = part if share == 1 else part.take_along_dim(self.chosen(seen, share)[..., None], 1)
+            kept = torch.cat([self.extra.expand(len(kept), -1, -1), kept], dim=1)
+            found.append(self.head(self.norm(self.blocks(kept)).mean(1)))
+        return torch.cat(found)
+
+    def chosen(self, images: Tensor, share: float) -> Tensor:
+        """Which patches of images [B, 3, H, W] are kept, int64 [B, K], rising; torch's generator draws."""
+        patch = self.patches.stride
+        deviation = F.unfold(images.detach().float(), patch, stride=patch).std(1)  # [B, N]
+        weights = deviation + 1e-3 if self.keep_by == "significance" else 1.0
+        keys = torch.rand_like(deviation).log() / weights  # the largest are a draw by these weights
+        count = max(1, round(share * keys.shape[1]))
+        return keys.topk(count).indices.sort().values
+
+
+def vit(classes: int) -> ViT:
+    """Patches of 4 pixels, width 96, 3 heads a block.
+
+    For ten classes 683,050 parameters; 95.0 MFLOPs an image forward, 284.3 with the backward pass.
+    """
+    return ViT(classes, 96, 3, 32, 4, 0, F.scaled_dot_product_attention)
+
+
+# %% Sparse attention [markdown]
+# `sparse_vit` is the original reports' transformer: a token looks at its neighbours, at a tenth of the rest,
+# and at a few learned *global* tokens, which see everything. Here it computes only what it keeps: tokens come
+# in blocks of 16, and a block of queries gathers the blocks beside it and those whose mean key suits its mean
+# query best.
+#
+# <!-- attention -->
+# Not measured yet.
+# <!-- /attention -->
+
+
+# %% Sparse attention tags=["fold"]
+# @title Sparse attention
+BLOCK = 16  # tokens
+
+
+@dataclass(frozen=True)
+class SparseAttentionConfig:
+    """The original reports' names: width and heads, tokens of the local window, share of the other blocks,
+    learned global tokens."""
+
+    d_model: int = 192
+    n_heads: int = 4
+    local_window_size: int = 32
+    topk_ratio: float = 0.1
+    n_global_tokens: int = 4
+
+
+def sparse_attention(config: SparseAttentionConfig, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What each query gets from the keys that it keeps; all [B, heads, N, C], the global tokens first.
+
+    Patches that fill no block are treated as global ones.
+    """
+    first = config.n_global_tokens + (q.shape[2] - config.n_global_tokens) % BLOCK
+    flat = [x.flatten(0, 1) for x in (q, k, v)]  # [M, N, C]
+    blocks = [x[:, first:].unflatten(1, (-1, BLOCK)) for x in flat]
+    kept = kept_blocks(*blocks[:2], config)
+    if kept.shape[2] == kept.shape[1]:  # all of them
+        return F.scaled_dot_product_attention(q, k, v)
+    rows, seen = torch.arange(len(kept), device=q.device)[:, None, None], []
+    for whole, own in zip(flat[1:], blocks[1:], strict=True):
+        shared = whole[:, None, :first].expand(-1, kept.shape[1], -1, -1)
+        seen.append(torch.cat([shared, own[rows, kept].flatten(2, 3)], dim=2))
+    found = F.scaled_dot_product_attention(blocks[0], *seen).flatten(1, 2).unflatten(0, q.shape[:2])
+    return torch.cat([F.scaled_dot_product_attention(q[:, :, :first], k, v), found], dim=2)
+
+
+def kept_blocks(q: Tensor, k: Tensor, config: SparseAttentionConfig) -> Tensor:
+    """The blocks of keys that each block of queries keeps, int64 [M, blocks, kept]: those about it, and the
+    best of the others. q, k: [M, blocks, BLOCK, C]."""
+    count, reach = q.shape[1], math.ceil(config.local_window_size / 2 / BLOCK)
+    near = min(count, 2 * reach + 1)
+    starts = (torch.arange(count, device=q.device) - reach).clamp(0, count - near)
+    local = (starts[:, None] + torch.arange(near, device=q.device)).expand(len(q), -1, -1)
+    scores = q.detach().mean(2) @ k.detach().mean(2).transpose(1, 2)
+    best = round(config.topk_ratio * (count - near))
+    return torch.cat([local, scores.scatter(2, local, -math.inf).topk(best).indices], dim=2)
+
+
+class SparseViT(ViT):
+    """A ViT of sparse attention, by the original reports' names; sparse_config: a SparseAttentionConfig."""
+
+    def __init__(
+        self, img_size: int = 32, patch_size: int = 4, num_classes: int = 10, sparse_config: object = None
+    ):
+        given = sparse_config or SparseAttentionConfig()
+        shape = given.d_model, given.n_heads, img_size, patch_size, given.n_global_tokens
+        super().__init__(num_classes, *shape, functools.partial(sparse_attention, given))
 
 
 # %% Views and the recipe [markdown]
@@ -1910,16 +2122,18 @@ def default_recipe(device: torch.device, dtype: torch.dtype | None) -> dict[str,
 
 
 def recipe(settings: Settings, model: nn.Module) -> tuple[torch.optim.Optimizer, nn.Module]:
-    """SGD with Nesterov momentum, and a per-sample cross-entropy."""
-    usual = {"simple_cnn": 0.05, "resnet": 0.1}[settings.model] * (settings.batch_size / 64) ** 0.5
-    peak = settings.lr or usual
+    """SGD with Nesterov momentum, AdamW for the transformers, and a per-sample cross-entropy."""
+    usual = {"simple_cnn": (0.05, 5e-4), "resnet": (0.1, 5e-4)}.get(settings.model, (1e-3, 0.05))
+    peak = settings.lr or usual[0] * (settings.batch_size / 64) ** 0.5
+    decay = usual[1] if settings.weight_decay is None else settings.weight_decay
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": decayed, "weight_decay": decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.SGD(groups, lr=peak, momentum=0.9, nesterov=True, fused=True)
+    sgd = functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True)
+    optimizer = (torch.optim.AdamW if "vit" in settings.model else sgd)(groups, lr=peak, fused=True)
     return optimizer, nn.CrossEntropyLoss(reduction="none", label_smoothing=LABEL_SMOOTHING)
 
 
@@ -3051,7 +3265,7 @@ def clock(seconds: float) -> str:
 def epoch_line(row: dict, number: str, left: float | None) -> str:
     """One row of the table. number: of the epoch among all. left: seconds to the end of all."""
     theta = "-" if row["threshold"] is None else f"{row['threshold']:.3f}"
-    phase = "-" if row["policy"] in ("full", "short", "dense", "dense-short") else row["phase"]
+    phase = "-" if row["policy"] in ("full", "short", "dense", "dense-short", "keep-short") else row["phase"]
     return (
         f"{row['policy']:<11} {number:>7} {phase:<7} {row['val_accuracy']:>6.2f} % {row['train_loss']:>6.3f} "
         f"{row['activation_rate']:>5.3f} {row['target_activation']:>7.3f} {theta:>6} "
@@ -3185,7 +3399,6 @@ def fill_defaults(settings: ASTConfig) -> ASTConfig:
 
 # %% Policies tags=["shared", "fold"]
 # @title Policies
-NO_PHASES = {"warmup_epochs": 0, "ramp_epochs": 0, "anneal_epochs": 0}
 
 
 def policies_of(settings: ASTConfig) -> list[str]:
@@ -3203,20 +3416,27 @@ def rival(
         return config, None
     if policy == "random":
         return replace(config, gate="random"), rates
-    cost, sides = work(config, rates), config.resolution if policy.startswith("dense") else "full"
-    config = replace(config, gate="full", resolution=sides)
-    if policy.endswith("short"):  # an epoch of a shorter run has other sides, so near lengths are tried
-        about = round(cost * config.epochs / work(config, [1.0] * config.epochs))
+    cost = work(config, rates)
+    config = replace(config, gate="full")
+    if not policy.startswith("dense"):
+        config = replace(config, resolution="full", keep_by="chance")
+    if policy in ("full", "short"):
+        config = replace(config, keep_tokens=1.0)
+    if policy.endswith("short"):  # an epoch of a shorter run costs another share, so near lengths are tried
+        epochs, anneal = config.epochs, Schedule.of(config, config.epochs).anneal * (config.keep_tokens < 1)
+        about = round(cost * epochs / work(config, [1.0] * epochs))
         near = range(about + 2, max(0, about - 3), -1)
-        cut = [replace(config, epochs=epochs, **NO_PHASES) for epochs in near]
+        ends = [round(anneal * n / epochs) for n in near]
+        none = {"warmup_epochs": 0, "ramp_epochs": 0}
+        cut = [replace(config, epochs=n, anneal_epochs=m, **none) for n, m in zip(near, ends, strict=True)]
         config = min(cut, key=lambda shorter: abs(work(shorter, [1.0] * shorter.epochs) - cost))
     return config, None
 
 
 def work(config: ASTConfig, rates: list[float]) -> float:
-    """What epochs of these activation rates cost, in epochs of everything at full resolution."""
+    """What epochs of these activation rates cost, in epochs of everything: all pixels, and all patches."""
     schedule = Schedule.of(config, config.epochs)
-    return sum(rate * schedule.side(epoch) ** 2 for epoch, rate in enumerate(rates))
+    return sum(rate * schedule.side(epoch) ** 2 * schedule.kept(epoch) for epoch, rate in enumerate(rates))
 
 
 def contents(data: ImageData) -> str:
@@ -3509,8 +3729,9 @@ UNEQUAL = 1.5  # times as long: equal work that takes it says that something els
 def doubt(results: list[dict]) -> str | None:
     """Why the runs' seconds cannot be compared: equal work that took unequal time; None where they can."""
     for result in results:  # the first epoch of a process warms it up
-        equal = 1.0, result["epochs"][-1]["resolution"]
-        rows = [row for row in result["epochs"][1:] if (row["target_activation"], row["resolution"]) == equal]
+        equal = 1.0, result["epochs"][-1]["resolution"], 1.0
+        seen = operator.itemgetter("target_activation", "resolution", "kept")
+        rows = [row for row in result["epochs"][1:] if seen({"kept": 1.0} | row) == equal]
         full = [row["seconds"] for row in rows]
         if full and max(full) > max(1, UNEQUAL * min(full)):
             return f"equal epochs of {result['policy']} took {min(full):.1f} to {max(full):.1f} s"
@@ -3555,6 +3776,7 @@ RIVALS = {
     "short": "plain training of as few epochs",
     "dense": "every sample at its pixels",
     "dense-short": "as few epochs of every sample at its pixels",
+    "keep-short": "as few epochs of a share of every sample's patches",
 }
 MEASURED |= {f"accuracy_minus_{name}": (name, "final_accuracy", operator.sub) for name in RIVALS}
 
@@ -3614,9 +3836,7 @@ def saving(summary: dict) -> list[str]:
     lines.append(f"  it trained on {fewer:.1f} % fewer samples")
     each = [sum(p["phases"][phase]["flops"] for phase in STEPS) / p["activated"] for p in (mine, full)]
     if each[0] != each[1]:
-        lines.append(
-            f"  and spent {100 * (1 - each[0] / each[1]):.1f} % less on each, which had fewer pixels"
-        )
+        lines.append(f"  and spent {100 * (1 - each[0] / each[1]):.1f} % less on each, seeing less of it")
     if summary["clock"]:
         lines.append(f"  no time is quoted, as {summary['clock']}")
     else:
@@ -3988,7 +4208,7 @@ def main() -> int:
 # %% Histories tags=["shared", "fold"]
 # @title Histories
 COLOURS = {"ast": "#d55e00", "full": "#666666", "random": "#0072b2", "short": "#cc79a7"}
-COLOURS |= {"dense": "#009e73", "dense-short": "#56b4e9"}
+COLOURS |= {"dense": "#009e73", "dense-short": "#56b4e9", "keep-short": "#e69f00"}
 COLOURS |= {"solve and PI": "#d55e00", "PI alone": "#0072b2"}  # in the controller's lesson
 STYLE = {"font.size": 8.5, "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.xmargin": 0}
 STYLE |= {"axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True}
@@ -4628,6 +4848,31 @@ def show_chosen(summary: dict, data: ImageData) -> None:
     show_images(rows)
 
 
+# %% What is left out of an image tags=["fold"]
+# @title What is left out of an image
+@torch.no_grad()
+def show_kept(settings: Settings, data: ImageData) -> None:
+    """The hardest and the easiest of 500 training images to the run's model, and the patches that a training
+    step kept of them; what it left out is grey."""
+    if settings.keep_tokens == 1:
+        return print("all patches were kept: --model vit --keep-tokens 0.5 leaves half of them out")
+    model, _ = load_model(settings)
+    images, labels = (torch.as_tensor(x[:500]) for x in (data.train_images, data.train_labels))
+    views, keep = plain_view(images.to(settings.device)), settings.keep_tokens
+    order, model.keep_by = significance(model(views).cpu(), labels, images).argsort(), settings.keep_by
+    ranks = torch.linspace(0, 1, len(order))
+    shares = shares_by_rank(ranks, keep, settings.temperature)[0] if model.keep_by == "sample" else [keep]
+    rows = {}
+    for word, which, share in (("hardest", order[-10:], shares[-1]), ("easiest", order[:10], shares[0])):
+        seen = torch.zeros(len(which), 64).scatter(1, model.chosen(views[which], share).cpu(), 1.0)
+        seen = F.interpolate(seen.view(-1, 1, 8, 8), scale_factor=4).movedim(1, 3)
+        pictures = torch.where(seen > 0, images[which], 128).numpy()
+        names = [data.classes[label][:12] for label in labels[which]]
+        title = f"The {word} of {len(order)} images: a step sees {100 * share:.0f} % of their patches"
+        rows[title] = pictures, names, wrong_labels(data, which.numpy())
+    show_images(rows)
+
+
 # %% Look before you train [markdown] tags=["shared"]
 # ## Look before you train
 #
@@ -4685,6 +4930,15 @@ if __name__ == "__main__":
 
 # %% What was chosen tags=["shared", "active-ipynb"]
 # show_chosen(summary, data)
+
+# %% What was left out of an image [markdown]
+# ### What was left out of an image
+#
+# Only with `--keep-tokens` below 1: see what a training step still knows of an image. With `--keep-by sample`
+# the hard ones keep more.
+
+# %% What was left out of an image tags=["active-ipynb"]
+# show_kept(settings, data)
 
 # %% What it gets wrong [markdown] tags=["shared"]
 # ### What it gets wrong

@@ -154,6 +154,7 @@ except ImportError:  # Windows
 SCORED = ("remembered", "live")  # gates that look at significance
 GATES = (*SCORED, "random", "full")
 RESOLUTIONS = ("full", "progressive")
+KEEP_BY = ("chance", "significance", "sample")
 SIGNIFICANCES = ("loss", "loss+entropy", "loss+intensity", "gradient")
 
 
@@ -222,6 +223,8 @@ class ASTConfig:
     guard: bool = option(True, "", "rank as average what stays hard visit after visit")
     balance: bool = option(False, "", "activate as many of every class, for classes that are rare")
     resolution: str = option("full", RESOLUTIONS, "pixels of a step: all, or fewer at first")
+    keep_tokens: float = option(1.0, "(0, 1]", "share of an image's patches that a step of a ViT sees")
+    keep_by: str = option("chance", KEEP_BY, "what decides on the patches")
     feedforward: bool = option(True, "", "solve for θ; off is the pure PI of the original reports")
     initial_threshold: float = option(0.5, "(-inf, inf)", "θ at the start of the pure PI, on the rank scale")
     adapt_kp: float = option(0.005, "[0, inf)", "proportional gain of the pure PI, θ per rate")
@@ -773,6 +776,7 @@ class Schedule:
     ramp: int
     anneal: int
     progressive: bool = False
+    keep: float = 1.0  # share of a sample's patches, before the anneal
     rates: list[float] | None = None  # given rates, epoch by epoch: another run's realised ones
 
     @classmethod
@@ -786,7 +790,7 @@ class Schedule:
         if warmup + ramp + anneal > epochs:
             phases = f"warm-up {warmup}, ramp {ramp}, anneal {anneal}"
             raise BadInput(f"{phases}: expected at most {epochs} epochs together; shorten them")
-        return cls(epochs, warmup, ramp, anneal, config.resolution == "progressive")
+        return cls(epochs, warmup, ramp, anneal, config.resolution == "progressive", config.keep_tokens)
 
     def phase(self, epoch: int) -> str:
         """The phase of an epoch counted from 0: warmup, ramp, sparse or anneal."""
@@ -810,6 +814,10 @@ class Schedule:
         """The side of an epoch's views, as a share of the whole side."""
         stages = self.STAGES if self.progressive and epoch < self.epochs - 1 else ()
         return next((side for until, side in stages if epoch < until * self.epochs), 1.0)
+
+    def kept(self, epoch: int) -> float:
+        """The share of a sample's patches that a step of an epoch sees: at the end all."""
+        return self.keep if epoch < self.epochs - max(1, self.anneal) else 1.0
 
     def steps(self, first: int, target: float, n: int, batch_size: int) -> int:
         """Steps of n candidates an epoch from the epoch `first` to the end."""
@@ -1132,7 +1140,7 @@ class AdaptiveSparseTrainer:
         self.dtype = pick_dtype(config.amp, self.device)
         mixed = {"dtype": self.dtype or torch.bfloat16, "enabled": self.dtype is not None}
         self.autocast = functools.partial(torch.autocast, self.device.type, **mixed)
-        self.model = model.to(self.device)
+        self.model = able_to_keep(model, config.keep_tokens).to(self.device)
         how = self.device, config.batch_size
         self.train_source = as_source(train_loader, *how, "train_loader", classes=criterion is None)
         self.val_source = as_source(val_loader, *how, "val_loader")
@@ -1243,11 +1251,12 @@ class AdaptiveSparseTrainer:
         shape = learning_rate_shape(self.progress) * self.controls.values["learning_rate_factor"]
         set_rates(self.optimizer, self.peak_lrs, shape)
         how = self.criterion, self.judge, self.autocast, self.clip_norm
+        batch, flops = thinned(self, batch)
         with enough_memory():
             self.tally.add(batch, *train_step(self.model, self.optimizer, self.scaler, batch, *how))
         cost = self.ledger.costs[self.phase]
         cost.activated += len(batch)
-        cost.flops += len(batch) * self.flops[mode_at("training", batch.images, self.train_source)]
+        cost.flops += flops
         self.progress += (1 - self.progress) / steps_left(self)
 
     def remember(self) -> None:
@@ -1383,7 +1392,9 @@ def arrivals(trainer: AdaptiveSparseTrainer, batches: Iterable[Batch]) -> Iterat
         trainer.readable[batch.missing] = False
         give_up(trainer.gate, batch.missing)
         if len(batch):
+            began = time.perf_counter()
             count_flops(trainer, trainer.train_source, batch.images, batch.labels)
+            trainer.tally.waited -= time.perf_counter() - began  # that was no waiting for data
             yield batch
 
 
@@ -1446,18 +1457,25 @@ def evaluate(trainer: AdaptiveSparseTrainer) -> float | None:
         return 100 * float(right) / count
 
 
-def mode_at(mode: str, images: Tensor, source: ArraySource) -> str:
-    """What the FLOPs of a view in a mode are filed under: with its side, where that is not the whole one."""
-    return mode if getattr(source, "side", 1.0) == 1 else f"{mode} at {images.shape[-1]} pixels"
+def mode_at(mode: str, images: Tensor, source: ArraySource, share: float = 1.0) -> str:
+    """What the FLOPs of a view in a mode are filed under: with its side and the share of its patches, where
+    these are not the whole ones."""
+    mode = mode if getattr(source, "side", 1.0) == 1 else f"{mode} at {images.shape[-1]} pixels"
+    return mode if share == 1 else f"{mode} on {share:.4g} of the patches"
 
 
-def count_flops(trainer: AdaptiveSparseTrainer, source: ArraySource, images: Tensor, labels: Tensor) -> None:
-    """FLOPs a view of each mode, once a side, at nobody's cost. Raises BadInput for a model that does not
-    fit."""
-    modes = {mode_at(mode, images, source): mode == "training" for mode in ("evaluation", "training")}
+def count_flops(
+    trainer: AdaptiveSparseTrainer, source: ArraySource, images: Tensor, labels: Tensor, share: float = 1.0
+) -> None:
+    """FLOPs a view of each mode, once a side and share of the patches, of which only training leaves some
+    out; at nobody's cost. Raises BadInput for a model that does not fit."""
+    modes = ("evaluation", "training") if share == 1 else ("training",)
+    modes = {mode_at(mode, images, source, share): mode == "training" for mode in modes}
     if modes.keys() <= trainer.flops.keys():
         return
-    began, first = time.perf_counter(), not trainer.flops
+    first = not trainer.flops
+    if hasattr(trainer.model, "kept_shares"):
+        trainer.model.kept_shares = (share,)
     few = images[[0, -1]]  # batch norm needs two
     with trainer.ledger.charge(None):
         for mode, training in modes.items():
@@ -1472,7 +1490,48 @@ def count_flops(trainer: AdaptiveSparseTrainer, source: ArraySource, images: Ten
     if first and not are_classes(labels):
         text = "labels that are no classes: the significance of a sample is its own loss"
         trainer.emit("notice", text=text)
-    trainer.tally.waited -= time.perf_counter() - began  # that was no waiting for data
+
+
+# %% Patches left out tags=["shared", "fold"]
+# @title Patches left out
+PARTS, GRAIN = 4, 8  # of a batch, by significance, each with one share: a multiple of an eighth
+
+
+def able_to_keep(model: nn.Module, share: float) -> nn.Module:
+    """The model. Raises BadInput where it is to keep a share of the patches, and has no `kept_shares`."""
+    if share < 1 and not hasattr(model, "kept_shares"):
+        raise BadInput(
+            f"--keep-tokens {share:g}: expected 1, as this model takes whole images; change either"
+        )
+    return model
+
+
+def thinned(trainer: AdaptiveSparseTrainer, batch: Batch) -> tuple[Batch, float]:
+    """A batch in the order in which the step takes it, and the FLOPs of the step. Tells a model that can
+    leave patches out which share to keep in each of equal parts of the batch."""
+    model, source, config = trainer.model, trainer.train_source, trainer.config
+    shares, memory = (trainer.schedule.kept(trainer.epoch),), getattr(trainer.gate, "memory", None)
+    if shares[0] < 1 and config.keep_by == "sample" and memory:
+        shares, order = shares_by_rank(memory.rank(batch.indices), shares[0], config.temperature)
+        batch = batch.rows(batch.indices[order], batch.weights[order])
+    flops, parts = 0.0, batch.images.tensor_split(len(shares))
+    for part, share in zip(parts, shares, strict=True):
+        count_flops(trainer, source, batch.images, batch.labels, share)
+        flops += len(part) * trainer.flops[mode_at("training", part, source, share)]
+    if hasattr(model, "kept_shares"):
+        model.kept_shares, model.keep_by = shares, config.keep_by
+    return batch, flops
+
+
+def shares_by_rank(u: Tensor, keep: float, temperature: float) -> tuple[tuple[float, ...], Tensor]:
+    """Shares of the patches, one for each of at most PARTS parts of samples with ranks u [m], on average
+    `keep`; and the samples' order, int64 [m]. A share follows the rank as an activation probability does."""
+    theta = solve_threshold(u, keep * len(u), keep, temperature)
+    p, order = activation_probability(u, theta, keep, temperature).sort()
+    means = torch.stack([part.mean() for part in p.tensor_split(min(PARTS, len(u)))])
+    ends = (GRAIN * means).cumsum(0).round()  # so that rounding moves the sum by half a grain at most
+    grains = ends.diff(prepend=torch.zeros(1)).clamp(1, GRAIN)
+    return tuple((grains / GRAIN).tolist()), order
 
 
 # %% Rows and results tags=["shared", "fold"]
@@ -1539,6 +1598,7 @@ def epoch_row(trainer: AdaptiveSparseTrainer, accuracy: float) -> dict:
         "data_wait_percent": waited,
         "learning_rate": trainer.optimizer.param_groups[0]["lr"],
         "resolution": tally.side,
+        "kept": trainer.schedule.kept(trainer.epoch),
     }
 
 
@@ -3376,7 +3436,7 @@ def clock(seconds: float) -> str:
 def epoch_line(row: dict, number: str, left: float | None) -> str:
     """One row of the table. number: of the epoch among all. left: seconds to the end of all."""
     theta = "-" if row["threshold"] is None else f"{row['threshold']:.3f}"
-    phase = "-" if row["policy"] in ("full", "short", "dense", "dense-short") else row["phase"]
+    phase = "-" if row["policy"] in ("full", "short", "dense", "dense-short", "keep-short") else row["phase"]
     return (
         f"{row['policy']:<11} {number:>7} {phase:<7} {row['val_accuracy']:>6.2f} % {row['train_loss']:>6.3f} "
         f"{row['activation_rate']:>5.3f} {row['target_activation']:>7.3f} {theta:>6} "
@@ -3510,7 +3570,6 @@ def fill_defaults(settings: ASTConfig) -> ASTConfig:
 
 # %% Policies tags=["shared", "fold"]
 # @title Policies
-NO_PHASES = {"warmup_epochs": 0, "ramp_epochs": 0, "anneal_epochs": 0}
 
 
 def policies_of(settings: ASTConfig) -> list[str]:
@@ -3528,20 +3587,27 @@ def rival(
         return config, None
     if policy == "random":
         return replace(config, gate="random"), rates
-    cost, sides = work(config, rates), config.resolution if policy.startswith("dense") else "full"
-    config = replace(config, gate="full", resolution=sides)
-    if policy.endswith("short"):  # an epoch of a shorter run has other sides, so near lengths are tried
-        about = round(cost * config.epochs / work(config, [1.0] * config.epochs))
+    cost = work(config, rates)
+    config = replace(config, gate="full")
+    if not policy.startswith("dense"):
+        config = replace(config, resolution="full", keep_by="chance")
+    if policy in ("full", "short"):
+        config = replace(config, keep_tokens=1.0)
+    if policy.endswith("short"):  # an epoch of a shorter run costs another share, so near lengths are tried
+        epochs, anneal = config.epochs, Schedule.of(config, config.epochs).anneal * (config.keep_tokens < 1)
+        about = round(cost * epochs / work(config, [1.0] * epochs))
         near = range(about + 2, max(0, about - 3), -1)
-        cut = [replace(config, epochs=epochs, **NO_PHASES) for epochs in near]
+        ends = [round(anneal * n / epochs) for n in near]
+        none = {"warmup_epochs": 0, "ramp_epochs": 0}
+        cut = [replace(config, epochs=n, anneal_epochs=m, **none) for n, m in zip(near, ends, strict=True)]
         config = min(cut, key=lambda shorter: abs(work(shorter, [1.0] * shorter.epochs) - cost))
     return config, None
 
 
 def work(config: ASTConfig, rates: list[float]) -> float:
-    """What epochs of these activation rates cost, in epochs of everything at full resolution."""
+    """What epochs of these activation rates cost, in epochs of everything: all pixels, and all patches."""
     schedule = Schedule.of(config, config.epochs)
-    return sum(rate * schedule.side(epoch) ** 2 for epoch, rate in enumerate(rates))
+    return sum(rate * schedule.side(epoch) ** 2 * schedule.kept(epoch) for epoch, rate in enumerate(rates))
 
 
 def contents(data: ImageData) -> str:
@@ -3834,8 +3900,9 @@ UNEQUAL = 1.5  # times as long: equal work that takes it says that something els
 def doubt(results: list[dict]) -> str | None:
     """Why the runs' seconds cannot be compared: equal work that took unequal time; None where they can."""
     for result in results:  # the first epoch of a process warms it up
-        equal = 1.0, result["epochs"][-1]["resolution"]
-        rows = [row for row in result["epochs"][1:] if (row["target_activation"], row["resolution"]) == equal]
+        equal = 1.0, result["epochs"][-1]["resolution"], 1.0
+        seen = operator.itemgetter("target_activation", "resolution", "kept")
+        rows = [row for row in result["epochs"][1:] if seen({"kept": 1.0} | row) == equal]
         full = [row["seconds"] for row in rows]
         if full and max(full) > max(1, UNEQUAL * min(full)):
             return f"equal epochs of {result['policy']} took {min(full):.1f} to {max(full):.1f} s"
@@ -3880,6 +3947,7 @@ RIVALS = {
     "short": "plain training of as few epochs",
     "dense": "every sample at its pixels",
     "dense-short": "as few epochs of every sample at its pixels",
+    "keep-short": "as few epochs of a share of every sample's patches",
 }
 MEASURED |= {f"accuracy_minus_{name}": (name, "final_accuracy", operator.sub) for name in RIVALS}
 
@@ -3939,9 +4007,7 @@ def saving(summary: dict) -> list[str]:
     lines.append(f"  it trained on {fewer:.1f} % fewer samples")
     each = [sum(p["phases"][phase]["flops"] for phase in STEPS) / p["activated"] for p in (mine, full)]
     if each[0] != each[1]:
-        lines.append(
-            f"  and spent {100 * (1 - each[0] / each[1]):.1f} % less on each, which had fewer pixels"
-        )
+        lines.append(f"  and spent {100 * (1 - each[0] / each[1]):.1f} % less on each, seeing less of it")
     if summary["clock"]:
         lines.append(f"  no time is quoted, as {summary['clock']}")
     else:
@@ -4312,7 +4378,7 @@ def main() -> int:
 # %% Histories tags=["shared", "fold"]
 # @title Histories
 COLOURS = {"ast": "#d55e00", "full": "#666666", "random": "#0072b2", "short": "#cc79a7"}
-COLOURS |= {"dense": "#009e73", "dense-short": "#56b4e9"}
+COLOURS |= {"dense": "#009e73", "dense-short": "#56b4e9", "keep-short": "#e69f00"}
 COLOURS |= {"solve and PI": "#d55e00", "PI alone": "#0072b2"}  # in the controller's lesson
 STYLE = {"font.size": 8.5, "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.xmargin": 0}
 STYLE |= {"axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True}

@@ -269,6 +269,20 @@ def test_what_is_halved_is_the_same_sample_at_another_size():
     assert sizes == [[3, 3, 8, 8], [3, 3, 4, 4]] and torch.allclose(logits, images.mean((2, 3)), atol=1e-5)
 
 
+def test_the_bed_of_the_transformer_keeps_patches_as_a_policys_name_says(monkeypatch, tmp_path, data):
+    attend = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(ast, "vit", lambda classes: ast.ViT(classes, 8, 2, 32, 4, 0, attend))
+    bed = beds.BEDS["vit"]
+    small = replace(bed, size=100, settings={**bed.settings, "epochs": 2, "batch_size": 25})
+    monkeypatch.setitem(compare.BEDS, "tiny", small)
+    tiny = compare.Comparison("tiny", data, held_out=False, results=tmp_path)
+    assert tiny.run("full", 0)["cost"] == pytest.approx(1)
+    found = tiny.run("ast@1.0:keep_tokens=0.5,keep_by=sample", 0)["cost"]
+    assert (
+        0.6 < found < 0.76
+    )  # the last of two epochs sees all; less than half of the tokens' attention is left
+
+
 @pytest.mark.parametrize("changes", ["ast@0.5:weight_gamma=1", "live@0.5:score_scale=0.5"])
 def test_what_only_the_benchmarks_turn_changes_a_run(tiny, changes):
     plain, turned = tiny.run(changes.partition(":")[0], 0), tiny.run(changes, 0)

@@ -33,7 +33,7 @@ def test_every_public_name_has_a_docstring(cifar):
         assert getattr(cifar, name).__doc__, name
 
 
-@pytest.mark.parametrize("name", ["simple_cnn", "resnet"])
+@pytest.mark.parametrize("name", ["simple_cnn", "resnet", "vit"])
 def test_a_model_states_its_size_as_it_is_counted(cifar, name):
     model, images = getattr(cifar, name)(10), torch.zeros(2, 3, 32, 32)
     stated = getattr(cifar, name).__doc__
