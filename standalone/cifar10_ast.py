@@ -146,7 +146,6 @@ except ImportError:  # Windows
 SCORED = ("remembered", "live")  # gates that look at significance
 GATES = (*SCORED, "random", "full")
 RESOLUTIONS = ("full", "progressive")
-KEEP_BY = ("chance", "significance", "sample")
 SIGNIFICANCES = ("loss", "loss+entropy", "loss+intensity", "gradient")
 
 
@@ -215,8 +214,6 @@ class ASTConfig:
     guard: bool = option(True, "", "rank as average what stays hard visit after visit")
     balance: bool = option(False, "", "activate as many of every class, for classes that are rare")
     resolution: str = option("full", RESOLUTIONS, "pixels of a step: all, or fewer at first")
-    keep_tokens: float = option(1.0, "(0, 1]", "share of an image's patches that a step of a ViT sees")
-    keep_by: str = option("chance", KEEP_BY, "what decides on the patches")
     feedforward: bool = option(True, "", "solve for θ; off is the pure PI of the original reports")
     initial_threshold: float = option(0.5, "(-inf, inf)", "θ at the start of the pure PI, on the rank scale")
     adapt_kp: float = option(0.005, "[0, inf)", "proportional gain of the pure PI, θ per rate")
@@ -226,6 +223,8 @@ class ASTConfig:
     lr: float | None = option(None, "(0, inf)", "peak learning rate; the model decides")
     device: str = option("auto", r"auto|cpu|cuda(:\d+)?", "auto, cpu or cuda")
     amp: str = option("auto", ("auto", "off", "fp16", "bf16"), "mixed precision; the device decides")
+
+    keep_tokens, keep_by = 1.0, "chance"  # settings of a program whose models can leave patches out
 
     # The original reports' names for target_activation, lr and amp: taken, not kept.
     target_activation_rate: InitVar[float | None] = None
@@ -241,9 +240,11 @@ class ASTConfig:
 
     @classmethod
     def of(cls, config: ASTConfig | dict | None) -> ASTConfig:
-        """The method's share of `config`: a program's settings, or a dict of fields. Raises BadInput."""
+        """A checked copy of `config`: a program's settings too, or a dict of fields. Raises BadInput."""
         if isinstance(config, ASTConfig):
-            return cls(**{item.name: getattr(config, item.name) for item in fields(cls)})
+            config = copy.copy(config)
+            ASTConfig.__post_init__(config, None, None, True)
+            return config
         try:
             return cls(**(config or {}))
         except TypeError as error:
@@ -275,6 +276,8 @@ class Settings(ASTConfig):
     data_dir: str | None = option(None, "", "folder for downloads, searched first; the platform decides")
     train_size: int = option(0, "[0, inf)", "training samples, drawn evenly from the classes; 0 takes all")
     model: str = option("simple_cnn", MODELS, "the network")
+    keep_tokens: float = option(1.0, "(0, 1]", "share of an image's patches that a step of a ViT sees")
+    keep_by: str = option("chance", ("chance", "significance", "sample"), "what decides on the patches")
     weight_decay: float | None = option(None, "[0, inf)", "times the learning rate a step; the model decides")
     seeds: str = option("0", r"\d{1,9}(,\d{1,9})*", "one run of every policy per seed, such as 0,1,2")
     compare: str = option(
@@ -3416,12 +3419,12 @@ def rival(
         return config, None
     if policy == "random":
         return replace(config, gate="random"), rates
-    cost = work(config, rates)
-    config = replace(config, gate="full")
-    if not policy.startswith("dense"):
-        config = replace(config, resolution="full", keep_by="chance")
-    if policy in ("full", "short"):
-        config = replace(config, keep_tokens=1.0)
+    cost, sides = work(config, rates), config.resolution if policy.startswith("dense") else "full"
+    config = replace(config, gate="full", resolution=sides)
+    if config.keep_tokens < 1 and not policy.startswith("dense"):
+        config = replace(
+            config, keep_by="chance", keep_tokens=config.keep_tokens if "keep" in policy else 1.0
+        )
     if policy.endswith("short"):  # an epoch of a shorter run costs another share, so near lengths are tried
         epochs, anneal = config.epochs, Schedule.of(config, config.epochs).anneal * (config.keep_tokens < 1)
         about = round(cost * epochs / work(config, [1.0] * epochs))
