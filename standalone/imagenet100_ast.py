@@ -920,16 +920,23 @@ def unit_saved(cost: Cost) -> float:
 @dataclass
 class Batch:
     """Samples on their way: indices int64 [B] and weights float32 [B] on the CPU, views and labels on the
-    device; missing: int64 [k], asked for with them and unreadable."""
+    device; missing: int64 [k], asked for with them and unreadable; whole: indices of the batch that this is
+    one process's part of, None where it is all of it."""
 
     indices: Tensor
     weights: Tensor
     images: Tensor
     labels: Tensor
     missing: Tensor
+    whole: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    @property
+    def every(self) -> Tensor:
+        """Indices of the batch in all processes, int64 [at least B]."""
+        return self.indices if self.whole is None else self.whole
 
     def rows(self, indices: Tensor, weights: Tensor) -> Batch:
         """Those of its samples that `indices` names, int64 [k], with new weights."""
@@ -940,12 +947,12 @@ class Batch:
 
     def cut(self, size: int) -> tuple[Batch, Batch]:
         """The first `size` samples, and the rest."""
-        parts = [getattr(self, item.name).tensor_split([size]) for item in fields(self)]
+        parts = [getattr(self, item.name).tensor_split([size]) for item in fields(self)[:5]]
         return Batch(*(part[0] for part in parts)), Batch(*(part[1] for part in parts))
 
     def joined(self, other: Batch) -> Batch:
         """The samples of both."""
-        pairs = [(getattr(self, item.name), getattr(other, item.name)) for item in fields(self)]
+        pairs = [(getattr(self, item.name), getattr(other, item.name)) for item in fields(self)[:5]]
         return Batch(*(torch.cat(pair) for pair in pairs))
 
 
@@ -971,7 +978,8 @@ def train_step(
     losses = criterion(logits.float(), batch.labels)
     check_losses(losses, batch.labels)
     finite = losses.detach().isfinite()
-    scaler.scale((torch.where(finite, losses, 0) * weights).sum() / len(batch)).backward()
+    share = len(batch.every) / world()[1]  # of several processes, whose gradients are averaged
+    scaler.scale((torch.where(finite, losses, 0) * weights).sum() / share).backward()
     scores = torch.where(finite, judge(logits, batch.labels, batch.images), math.nan)
     return losses.detach(), scores, guarded_step(model, optimizer, scaler, before, clip_norm)
 
@@ -1021,6 +1029,7 @@ class Controls:
     def take(self, target: float, pausing: bool = False) -> Iterator[dict]:
         """Takes up what was asked; each change with its old value. target: the run's own. A pause, and what
         was asked after it, is left until it begins (`pausing`)."""
+        self.asked = agreed(self.asked)
         while self.asked and (pausing or not self.paused or self.asked[0]["control"] != "paused"):
             change = self.asked.popleft()
             own = {"target_activation": target, "paused": not change["new"], "stop": None}
@@ -1032,10 +1041,17 @@ class Controls:
             yield change | {"old": old, "candidates": self.candidates, "words": short.get(words, words)}
 
     def stopping(self) -> bool:
+        """Whether to end; several processes agree on that, and on a pause, whenever they ask."""
         self.heeded = True
         if self.stop is None and time.monotonic() > self.deadline:
             self.stop = "time limit"
-        return self.stop is not None
+        if world()[1] == 1:
+            return self.stop is not None
+        stops, pauses = summed(torch.tensor([self.stop is not None, self.paused], dtype=torch.int64)).tolist()
+        self.paused = pauses > 0
+        if stops:
+            self.stop = next(filter(None, gathered(self.stop)))
+        return stops > 0
 
     def wait_or_stop(self, ledger: Ledger, tell: Callable[[bool], None]) -> bool:
         """Waits while paused, at nobody's cost, and tells of it; then says whether to stop."""
@@ -1063,21 +1079,21 @@ class Tally:
     loss: float = 0.0  # sum over those
     skipped_steps: int = 0  # steps not taken
     waited: float = 0.0  # seconds in which the step waited for data
-    pending: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # still on the device
+    pending: list[tuple[Tensor, ...]] = field(default_factory=list)  # losses still on the device
 
     def add(self, batch: Batch, losses: Tensor, scores: Tensor, taken: Tensor) -> None:
         """Counts a step, without waiting for it."""
         finite = losses.isfinite()
         sums = torch.stack([torch.where(finite, losses, 0).sum(), finite.sum(), taken])
-        self.pending.append((batch.indices, scores, sums))
-        self.trained += len(batch)
+        self.pending.append((batch.every, batch.indices, scores, sums))
+        self.trained += len(batch.every)
         self.side = batch.images.shape[-1] if batch.images.ndim == 4 else None
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Indices and significances, on the CPU, of what was trained since the last call: the one sync."""
-        indices = torch.cat([indices for indices, _, _ in self.pending])
-        scores, sums = ([step[part] for step in self.pending] for part in (1, 2))
-        flat = torch.cat(scores + sums).cpu()
+        every, own, scores, sums = zip(*self.pending, strict=True)
+        indices = torch.cat(every)
+        flat = brought_together(torch.cat([*scores, *sums]).cpu(), torch.cat(own), indices)
         for loss, finite, taken in flat[len(indices) :].reshape(-1, 3).tolist():
             self.loss += loss
             self.finite += int(finite)
@@ -1194,13 +1210,13 @@ class AdaptiveSparseTrainer:
         self.tally = Tally(int(self.readable.sum()), *seconds)
         self.train_source.side = self.schedule.side(self.epoch)
         self.apply_controls()
-        batches = arrivals(self, self.train_source.stream(self.choose()))
+        batches = arrivals(self, stream_of_shares(self, self.choose()))
         if needs_views(self.gate):
             batches = packed(filtered(self, batches), self.train_source.batch_size, self.tally)
         waiting = time.perf_counter()
         for batch in batches:
             self.tally.waited += time.perf_counter() - waiting
-            self.step(batch)
+            self.step(share_of(batch))
             if self.controls.wait_or_stop(self.ledger, self.apply_controls):
                 return False
             waiting = time.perf_counter()
@@ -1242,16 +1258,17 @@ class AdaptiveSparseTrainer:
 
     def step(self, batch: Batch) -> None:
         """One step at the learning rate of the moment, counted and charged."""
-        if len(batch) < min(2, self.train_source.batch_size):  # batch norm cannot train on a lone sample
-            return give_up(self.gate, batch.indices)
+        if len(batch.every) < min(2, self.train_source.batch_size) * world()[1]:  # batch norm needs two
+            return give_up(self.gate, batch.every)
         shape = learning_rate_shape(self.progress) * self.controls.values["learning_rate_factor"]
         set_rates(self.optimizer, self.peak_lrs, shape)
         how = self.criterion, self.judge, self.autocast, self.clip_norm
         with enough_memory():
-            self.tally.add(batch, *train_step(self.model, self.optimizer, self.scaler, batch, *how))
+            model = self.model if world()[1] == 1 else distributed(self.model)
+            self.tally.add(batch, *train_step(model, self.optimizer, self.scaler, batch, *how))
         cost = self.ledger.costs[self.phase]
-        cost.activated += len(batch)
-        cost.flops += len(batch) * self.flops[mode_at("training", batch.images, self.train_source)]
+        cost.activated += len(batch.every)
+        cost.flops += len(batch.every) * self.flops[mode_at("training", batch.images, self.train_source)]
         self.progress += (1 - self.progress) / steps_left(self)
 
     def remember(self) -> None:
@@ -1373,17 +1390,17 @@ def batch_length(held: int, size: int) -> int:
 
     The last two batches share what is left: the gradient of four samples left over is mostly noise, and would
     take a step of the whole learning rate. A lone last sample joins the batch before it, since batch norm
-    cannot train on one.
+    cannot train on one; so does what would leave one of several processes with fewer than two.
     """
     if held >= 2 * size:
         return size
-    return held if held <= size + 1 else math.ceil(held / 2)
+    return held if held < max(size + 2, 4 * world()[1]) else math.ceil(held / 2)
 
 
 def arrivals(trainer: AdaptiveSparseTrainer, batches: Iterable[Batch]) -> Iterator[Batch]:
     """The batches that could be read; what is missing of them is offered no more."""
     for batch in batches:
-        trainer.tally.waiting -= len(batch) + len(batch.missing)
+        trainer.tally.waiting -= len(batch.every) + len(batch.missing)
         trainer.readable[batch.missing] = False
         give_up(trainer.gate, batch.missing)
         if len(batch):
@@ -1431,23 +1448,33 @@ def score_views(trainer: AdaptiveSparseTrainer, images: Tensor, labels: Tensor) 
     """Significance [m] of views [m, ...] with labels int64 [m], by the model as it is now; charged."""
     mode = mode_at("evaluation", images, trainer.train_source)
     trainer.ledger.costs["scoring"].flops += len(images) * trainer.flops[mode]
+    every = torch.arange(len(images))
+    own = own_share(every)
+    images, labels = own_share(images), own_share(labels)
     with evaluating(trainer.model), trainer.autocast(), enough_memory():
-        return trainer.judge(trainer.model(images), labels, images)
+        scores = trainer.judge(trainer.model(images), labels, images)
+    return brought_together(scores, own, every)
 
 
 def evaluate(trainer: AdaptiveSparseTrainer) -> float | None:
     """Accuracy on the validation set, percent; charged. None where a stop was asked for meanwhile."""
     right, count = torch.zeros((), device=trainer.device), 0
     with trainer.ledger.charge("evaluation"), evaluating(trainer.model):
-        for images, labels in trainer.val_source.in_order():
+        average_buffers(trainer.model)
+        for images, labels in trainer.val_source.in_order(*world()):
             if trainer.controls.stop:
-                return None
+                count = math.nan  # whichever process stops, all do
+                break
             count_flops(trainer, trainer.val_source, images, labels)
             with trainer.autocast(), enough_memory():
                 right += (trainer.model(images).argmax(1) == labels).sum()
             count += len(labels)
+        tell_unreadable(trainer.val_source, trainer.val_source.unreadable)
+        right, count = summed(torch.tensor([float(right), count], dtype=torch.float64)).tolist()
+        if math.isnan(count):
+            return None
         trainer.ledger.costs["evaluation"].flops += count * trainer.flops.get("evaluation", 0.0)
-        return 100 * float(right) / count
+        return 100 * right / count
 
 
 def mode_at(mode: str, images: Tensor, source: ArraySource) -> str:
@@ -1668,8 +1695,12 @@ def restore_random_states(device: torch.device, states: list) -> None:
 def held(out: Path) -> Iterator[None]:
     """Makes a folder, and keeps other runs out of it while the block lasts. Raises BadInput.
 
-    The lock dies with its process. It is best effort on shared drives, and Windows has none.
+    The lock dies with its process. It is best effort on shared drives, and Windows has none. Of several
+    processes the first keeps it.
     """
+    if world()[0]:
+        yield
+        return
     try:
         out.resolve().mkdir(parents=True, exist_ok=True)
         handle = None if fcntl is None else os.open(out, os.O_RDONLY)
@@ -1699,6 +1730,8 @@ def busy(out: Path, handle: int | None) -> bool:
 
 def rotate_folder(out: Path, say: Callable[[str], None]) -> None:
     """Renames the run in a folder to <out>-1, -2, …. Raises BadInput where it holds somebody else's files."""
+    if world()[0]:
+        return
     try:
         there = sorted(path.name for path in out.iterdir() if path.name[0] != "." and path.suffix != ".part")
         if there and read_config(out).get("program") not in PROGRAMS:
@@ -1739,7 +1772,10 @@ def as_json(value: object, indent: int | None = None) -> bytes:
 
 
 def write_by(path: Path, writer: Callable[[BinaryIO], None]) -> None:
-    """Writes a file so that it is there whole or not at all. Raises BadInput where the disk refuses."""
+    """Writes a file so that it is there whole or not at all, of several processes the first. Raises BadInput
+    where the disk refuses."""
+    if world()[0]:
+        return
     draft = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1771,6 +1807,8 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def save_checkpoint(folder: Path, state: dict) -> None:
     """Writes `state` as the newest checkpoint in `folder` and keeps the one before it."""
+    if world()[0]:
+        return
     there = checkpoints(folder)
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -2389,9 +2427,9 @@ class CropSource:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def in_order(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Views and labels of all readable samples, for evaluation."""
-        batches = torch.arange(len(self)).split(self.batch_size)
+    def in_order(self, first: int = 0, step: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Views and labels of all readable samples, for evaluation; or of every `step`th batch."""
+        batches = torch.arange(len(self)).split(self.batch_size)[first::step]
         for batch in self.stream((indices, torch.ones(len(indices))) for indices in batches):
             if len(batch):
                 yield batch.images, batch.labels
@@ -3003,10 +3041,11 @@ class ArraySource:
             views = shrunk(self.view(self.images[rows], self.generator), self.side)
             yield Batch(indices, weights, views, self.labels[rows], indices[:0])
 
-    def in_order(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Views and labels of all samples, for evaluation."""
+    def in_order(self, first: int = 0, step: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Views and labels of all samples, for evaluation; of every `step`th batch, from the `first` on."""
         size = max(self.batch_size, 500 * 3072 // max(1, self.images[0].numel()))  # 500 pictures of 32 pixels
-        for images, labels in zip(self.images.split(size), self.labels.split(size), strict=True):
+        batches = zip(self.images.split(size), self.labels.split(size), strict=True)
+        for images, labels in itertools.islice(batches, first, None, step):
             yield self.view(images, self.generator), labels
 
 
@@ -3097,10 +3136,11 @@ class DatasetSource:
         images, labels = (part.to(self.device, non_blocking=True) for part in (images, labels))
         return shrunk(as_input(images), self.side), labels
 
-    def in_order(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """All samples, labels as classes, for evaluation. Raises BadInput."""
+    def in_order(self, first: int = 0, step: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """All samples, or every `step`th from the `first` on, labels as classes. Raises BadInput."""
+        samples = range(first, len(self), step)
         try:
-            for batch in DataLoader(self.loader.dataset, self.batch_size, **self.how):
+            for batch in DataLoader(self.loader.dataset, self.batch_size, sampler=samples, **self.how):
                 yield self.move(batch, classes=True)
         except BadInput:
             raise
@@ -3155,6 +3195,9 @@ def as_source(
         data = DatasetSource(data, device, classes)
     if not len(data):
         raise BadInput(f"{name} of 0 samples: expected at least one")
+    if world()[1] > 1 and data.batch_size < 2 * world()[1]:
+        expected = f"{2 * world()[1]} or more, two for each process"
+        raise BadInput(f"{name}, batch size {data.batch_size}: expected {expected}; raise it")
     return data
 
 
@@ -3171,8 +3214,9 @@ def pick_device(name: str) -> torch.device:
     """The device for auto, cpu or cuda. Raises BadInput if there is none, or torch has no code for it."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
+    own = name == "auto" or world()[1] > 1  # of this process
     try:
-        device = torch.device("cuda", torch.cuda.current_device()) if name == "auto" else torch.device(name)
+        device = torch.device("cuda", torch.cuda.current_device()) if own else torch.device(name)
         torch.zeros(1, device=device).add(1).item()
     except (RuntimeError, AssertionError) as error:  # none, or a P100, for which most builds have no code
         found = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
@@ -3242,6 +3286,8 @@ def guarded_step(
     norm = nn.utils.get_total_norm([p.grad for p in weights])
     after = joined(float_buffers(model))
     ok = norm.isfinite() & after.isfinite().all().to(norm.device)
+    if world()[1] > 1:
+        ok = summed((~ok).int()) == 0
     if clip_norm:
         nn.utils.clip_grads_with_norm_(weights, clip_norm, norm)
     if getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -3301,6 +3347,158 @@ def check_outputs(logits: object, labels: Tensor) -> None:
         raise BadInput(f"labels from {low} to {high}: expected 0 to {classes - 1}, the outputs of the model")
 
 
+# %% Several processes [markdown] tags=["shared"]
+# ### Several processes
+#
+# Under `torchrun --standalone --nproc_per_node=2` the same program trains on two devices, or, with
+# `--nnodes`, on many machines. Every process holds the same gate, draws the same numbers and makes the same
+# choice. It trains on its stride of every batch. Gradients are averaged by PyTorch's DistributedDataParallel;
+# losses come together once a chunk. The first process alone prints and writes.
+
+# %% Several processes tags=["shared", "fold"]
+# @title Several processes
+TEAM: dict[str, Any] = {}  # the launcher's store, which outlives the processes
+
+
+def world() -> tuple[int, int]:
+    """Rank of this process, and how many train together: (0, 1) but under torchrun."""
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else (0, 1)
+
+
+def join() -> None:
+    """Joins the processes that torchrun started, if it did, of which the first alone prints."""
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    TEAM["store"], rank, size = next(torch.distributed.rendezvous("env://"))
+    torch.distributed.init_process_group(backend, store=TEAM["store"], rank=rank, world_size=size)
+    if rank:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.environ["TQDM_DISABLE"] = "1"
+        warnings.simplefilter("ignore")
+
+
+def ended(status: int, words: str = "") -> int:
+    """Ends on an error. Of several processes the first says why, and none waits for another."""
+    if words and (not TEAM or TEAM["store"].add("ended", 1) == 1):
+        print(words, file=sys.stderr, flush=True)
+    if TEAM:
+        os._exit(status)
+    return status
+
+
+def agreed(value: Any) -> Any:
+    """The first process's value, in all of them."""
+    values = [value]
+    if world()[1] > 1:
+        torch.distributed.broadcast_object_list(values)
+    return values[0]
+
+
+def gathered(value: Any) -> list:
+    """Every process's value, by rank."""
+    values = [value] * world()[1]
+    if len(values) > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum of every process's tensor, of one shape, in place."""
+    if world()[1] > 1:
+        torch.distributed.all_reduce(values)
+    return values
+
+
+def own_share(values: Tensor) -> Tensor:
+    """This process's stride of what all have [m]; all of it where there are fewer than processes."""
+    rank, size = world()
+    return values[rank::size] if len(values) >= size else values
+
+
+def brought_together(flat: Tensor, own: Tensor, every: Tensor) -> Tensor:
+    """Values for all of the `every` [m], float [m + k], from those of each process for its `own`, and the sums
+    of the k numbers behind them."""
+    if world()[1] == 1:
+        return flat
+    flat = flat.cpu()
+    if len(own) == len(every):
+        return agreed(flat)
+    whole = torch.zeros(len(every) + len(flat) - len(own), dtype=flat.dtype)
+    whole[: len(every)][torch.isin(every, own)] = flat[: len(own)]
+    whole[len(every) :] = flat[len(own) :]
+    return summed(whole)
+
+
+def share_of(batch: Batch) -> Batch:
+    """This process's part of a batch that is all here."""
+    if world()[1] == 1 or batch.whole is not None:
+        return batch
+    return replace(batch.rows(*map(own_share, (batch.indices, batch.weights))), whole=batch.indices)
+
+
+def tell_unreadable(source: ArraySource, lost: dict[int, str]) -> list[dict[int, str]]:
+    """What each process could not read of a source, {index: why}, now known to all. Raises BadInput."""
+    parts = gathered(lost)
+    for part in parts:
+        source.unreadable.update(part)
+    check_unreadable(source.unreadable, len(source))
+    return parts
+
+
+def stream_of_shares(trainer: AdaptiveSparseTrainer, batches: Iterable[tuple]) -> Iterator[Batch]:
+    """As the source's own stream. Of several processes each reads its stride of a batch; all of it where the
+    gate wants to see the views. What one cannot read is missing in all."""
+    source, size, seen = trainer.train_source, world()[1], needs_views(trainer.gate)
+    if size == 1:
+        yield from source.stream(batches)
+        return
+    if not seen:  # random numbers of its own, the same when the epoch is trained again
+        number = int(np.random.SeedSequence([trainer.seed, trainer.epoch, *world()]).generate_state(1)[0])
+        torch.manual_seed(number)
+        source.generator.manual_seed(number)
+    asked, stride = deque(), slice(0 if seen else world()[0], None, 1 if seen else size)
+
+    def strides() -> Iterator[tuple[Tensor, Tensor]]:
+        for indices, weights in batches:
+            asked.append(indices)
+            yield indices[stride], weights[stride]
+
+    for part in source.stream(strides()):
+        indices, lost = asked.popleft(), [{}] * size
+        if not isinstance(source, ArraySource):
+            lost = tell_unreadable(source, {i: source.unreadable[i] for i in part.missing.tolist()})
+        missing = torch.tensor(sorted(set().union(*lost)), dtype=torch.int64)
+        kept = indices[~torch.isin(indices, missing)]
+        if seen:
+            yield replace(part.rows(kept, torch.ones(len(kept))), missing=missing)
+        elif min(len(indices[rank::size]) - len(lost[rank]) for rank in range(size)) >= 2:
+            yield replace(part, missing=missing, whole=kept)
+        else:  # batch norm cannot train on a lone sample
+            give_up(trainer.gate, kept)
+            trainer.tally.waiting -= len(kept)
+            yield replace(part.cut(0)[0], missing=missing)
+
+
+@functools.lru_cache(1)
+def distributed(model: nn.Module) -> nn.Module:
+    """A model whose gradients are averaged over the processes; batch norm on GPUs sees the whole batch."""
+    if next(model.parameters()).is_cuda:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, static_graph=True)
+
+
+def average_buffers(model: nn.Module) -> None:
+    """Batch norm's running statistics become the mean of the processes', as on a CPU each has its own."""
+    buffers = float_buffers(model)
+    if buffers and world()[1] > 1:
+        put_back(buffers, summed(joined(buffers)) / world()[1])
+
+
 # %% FLOPs and joules tags=["shared", "fold"]
 # @title FLOPs and joules
 class FlopCount(FlopCounterMode):
@@ -3325,6 +3523,9 @@ def flops_per_sample(model: nn.Module, images: Tensor, training: bool, autocast:
     exact = nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH)  # the CPU's fused attention has no formula
     with torch.random.fork_rng(devices=devices), exact, FlopCount() as counter:
         twin = copy.deepcopy(model)
+        for module in twin.modules():
+            if isinstance(module, nn.SyncBatchNorm):  # it would ask the other processes
+                module.eval()
         if not training:
             twin.eval().requires_grad_()  # without gradients attention is one operator that has no formula
         with torch.enable_grad():
@@ -3339,14 +3540,19 @@ class EnergyMeter:
     """Joules since it was made, by a GPU's own counter.
 
     `method` is nvml-counter or unavailable, and `reason` says why: no NVIDIA GPU, one from before Volta, no
-    pynvml. A counter that fails later becomes unavailable too, rather than stand still.
+    pynvml. A counter that fails later becomes unavailable too, rather than stand still. Of several processes
+    on a machine it counts all their GPUs.
     """
 
     def __init__(self, device: torch.device):
         self.method, self.reason = "nvml-counter", ""
-        self.index, self.start = device.index or 0, 0.0
+        self.indices, self.start = [device.index or 0], 0.0
         if device.type != "cuda":
             self.method, self.reason = "unavailable", f"no sensor for a {device.type}"
+        if world()[1] > 1:
+            self.indices = range(int(os.environ["LOCAL_WORLD_SIZE"]))
+            if world()[1] > len(self.indices):
+                self.method, self.reason = "unavailable", "GPUs of several machines"
         self.start = self.joules()
 
     def joules(self) -> float | None:
@@ -3357,8 +3563,8 @@ class EnergyMeter:
             import pynvml  # optional
 
             pynvml.nvmlInit()  # counts its calls; only the first one costs anything
-            handle = pynvml.nvmlDeviceGetHandleByIndex(self.index)
-            return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000 - self.start
+            handles = map(pynvml.nvmlDeviceGetHandleByIndex, self.indices)
+            return sum(map(pynvml.nvmlDeviceGetTotalEnergyConsumption, handles)) / 1000 - self.start
         except Exception as error:  # drivers fail in many ways, and none may stop the training
             self.method, self.reason = "unavailable", f"{type(error).__name__}: {one_line(error)}"
             return None
@@ -3553,10 +3759,15 @@ def work(config: ASTConfig, rates: list[float]) -> float:
 
 
 def contents(data: ImageData) -> str:
-    """A digest of what the data hold, wherever they lie: classes, names of files, labels."""
+    """A digest of what the data hold, wherever they lie: classes, names of files, labels. Raises BadInput
+    where processes hold different ones."""
     names = [list(getattr(images, "names", ())) for images in (data.train_images, data.val_images)]
     held = repr((data.classes, names)).encode() + data.train_labels.tobytes() + data.val_labels.tobytes()
-    return hashlib.sha256(held).hexdigest()
+    found = hashlib.sha256(held).hexdigest()
+    if agreed(found) != found:
+        where = f"process {world()[0]}: {data.source}"
+        raise BadInput(f"{where}: expected the data of process 0; give every machine the same")
+    return found
 
 
 # %% The run tags=["shared", "fold"]
@@ -3630,10 +3841,10 @@ class Run:
     def resume(self) -> bool:
         """Takes up the newest checkpoint that fits; False where there is none. Raises BadInput where one is
         of another run, and none of this one."""
-        unfit, other = [], None
-        for path in reversed(checkpoints(self.out / "checkpoints")):
+        unfit, other, stored = [], None, None
+        for path in reversed([] if world()[0] else checkpoints(self.out / "checkpoints")):
             try:
-                self.take_up(read_checkpoint(path))
+                self.take_up(found := read_checkpoint(path))
             except UNFIT as error:
                 other = error if isinstance(error, BadInput) else other
                 self.say(f"warning: {path}: {one_line(error)[:99]}; trying the checkpoint before it")
@@ -3641,10 +3852,14 @@ class Run:
             else:
                 for passed in unfit:  # else it would count among the two that are kept
                     passed.rename(passed.with_suffix(".unfit"))
-                return True
-        if other:
+                stored = found
+                break
+        if other and not stored:
             raise other
-        return False
+        stored = agreed(stored)
+        if world()[0] and stored:
+            self.take_up(stored)
+        return stored is not None
 
     def take_up(self, stored: dict) -> None:
         """Goes on from a checkpoint. Raises BadInput where it is of another run, else one of UNFIT."""
@@ -3684,7 +3899,7 @@ class Run:
         config, rates = rival(policy, self.config, ast[0] if ast else [], self.planned())
         return AdaptiveSparseTrainer(
             model,
-            *sources(self.settings, self.data, torch.device(config.device)),
+            *sources(self.settings, self.data, pick_device(config.device)),
             config,
             optimizer,
             criterion,
@@ -3719,6 +3934,7 @@ class Run:
         state = {"identity": self.identity, "finished": self.finished, "skipped": list(self.skipped)}
         state["trainer"] = state_of(self.trainer) if self.trainer else None
         save_checkpoint(self.out / "checkpoints", state)
+        agreed(None)  # several processes wait for the one that writes
 
     def charge_cut_epoch(self) -> None:
         """Adds to the checkpoint, as `repeated`, what was spent since: that epoch will be trained again."""
@@ -3820,7 +4036,7 @@ def summary_of(run: Run) -> dict:
         "chance_percent": 100 * int(np.bincount(run.data.val_labels).max()) / len(run.data.val_labels),
         "steps_per_epoch": math.ceil(len(run.data.train_labels) / run.settings.batch_size),
         "model": run.settings.model,
-        "device": device_name(run.settings.device),
+        "device": f"{world()[1]} x " * (world()[1] > 1) + device_name(run.settings.device),
         "platform": f"{platform_name()}, {platform.system()}, Python {platform.python_version()}",
         "torch": torch.__version__,
         "out": str(run.out),
@@ -4155,7 +4371,7 @@ def keep_freed_memory() -> None:
 def settings_for_run(settings: ASTConfig, arguments: Iterable[str] = ()) -> ASTConfig:
     """The settings that will run. Raises BadInput."""
     settings = parse(settings, list(arguments), dict(os.environ))
-    return fill_defaults(settings_of_run(settings) if settings.resume else settings)
+    return agreed(fill_defaults(settings_of_run(settings) if settings.resume else settings))
 
 
 def fitted(settings: ASTConfig, data: ImageData) -> ASTConfig:
@@ -4164,7 +4380,7 @@ def fitted(settings: ASTConfig, data: ImageData) -> ASTConfig:
     Raises BadInput for progressive resolution where the model's views have one size.
     """
     usual = default_recipe(torch.device(settings.device), None)["batch_size"]
-    size = max(2, min(usual, len(data.train_labels) // 20))
+    size = max(2 * world()[1], min(usual, len(data.train_labels) // 20))
     if settings.resolution == "progressive" and not takes_small_views(settings):
         found = f"{settings.model}, whose views have one size"
         raise BadInput(f"--resolution progressive: expected full for {found}; or choose another --model")
@@ -4200,7 +4416,8 @@ def copied(out: str, say: Callable[[str], None]) -> str:
     home = fill_defaults(replace(settings, out=None)).out
     with held(Path(home)):
         rotate_folder(Path(home), say)
-        shutil.copytree(out, home, dirs_exist_ok=True, copy_function=shutil.copyfile)
+        if not world()[0]:
+            shutil.copytree(out, home, dirs_exist_ok=True, copy_function=shutil.copyfile)
     say(f"{out} can only be read: it was copied to {home}, where it goes on")
     return home
 
@@ -4213,7 +4430,11 @@ def overview(settings: ASTConfig) -> list[str]:
     values = [(item.name, getattr(settings, item.name), item.default) for item in fields(settings)]
     changed = [f"{name}={value}" for name, value, default in values if value != default]
     wrapped = textwrap.wrap(printable(", ".join(changed)), 80, initial_indent="  ", subsequent_indent="  ")
-    return [first, f"  torch {torch.__version__} on {device_name(settings.device)}", *wrapped]
+    machine = f"  torch {torch.__version__} on {device_name(settings.device)}"
+    if world()[1] > 1:
+        norm = "each process's own" if settings.device == "cpu" else "synchronised"
+        machine += f", {world()[1]} processes; batch norm: {norm}"
+    return [first, machine, *wrapped]
 
 
 def run(
@@ -4240,7 +4461,12 @@ def run(
         settings = replace(settings, out=copied(settings.out, say))
     check_apart(Path(settings.out), Path(settings.data).expanduser())
     say("\n".join(overview(settings)))
+    waits = world()[1] > 1 and os.environ["LOCAL_RANK"] != "0"  # for the first of its machine, which fetches
+    if waits:
+        gathered(None)
     data = data or load_data(settings, say)
+    if not waits:
+        gathered(None)
     settings = fitted(settings, data)
     summary = Run(settings, data, say, listeners, controls).execute()
     say(report(summary))
@@ -4288,11 +4514,14 @@ def main() -> int:
     def stop(number: int, frame: object) -> None:
         controls.stop = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         codes[controls.stop] = 128 + number
+        words = "saving and stopping; once more to stop at once"
         if not controls.heeded:  # nothing to save, and threads that wait for a disk must not hold it
-            os.write(2, f"{controls.stop}: ended before there was anything to save\n".encode())
+            words = "ended before there was anything to save"
+        if not world()[0] and not (TEAM and TEAM["store"].add("ended", 0)):
+            os.write(2, f"{controls.stop}: {words}\n".encode())
+        if not controls.heeded:
             os._exit(128 + number)
         signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
-        os.write(2, f"{controls.stop}: saving and stopping; once more to stop at once\n".encode())
 
     sys.stdout, sys.stderr = Outlet(sys.stdout), Outlet(sys.stderr)
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
@@ -4301,14 +4530,20 @@ def main() -> int:
     parser = Flags(add_help=False, allow_abbrev=False)
     parser.add_argument("--predict", nargs="+", default=[])
     try:
+        join()
         asked, arguments = parser.parse_known_args(sys.argv[1:])
         if asked.predict:
             predict(*asked.predict, chosen=settings_for_run(settings, arguments), controls=controls)
         else:
             run(settings, arguments, controls=controls)
     except BadInput as error:
-        print(error, file=sys.stderr)
-        return 2
+        return ended(2, str(error))
+    except RuntimeError as error:
+        if not re.search("gloo|nccl", str(error), re.IGNORECASE):
+            raise
+        return ended(1)  # another process has, and has said why
+    if world()[1] > 1:
+        torch.distributed.destroy_process_group()
     return codes.get(controls.stop, 0)
 
 
