@@ -921,7 +921,7 @@ def unit_saved(cost: Cost) -> float:
 class Batch:
     """Samples on their way: indices int64 [B] and weights float32 [B] on the CPU, views and labels on the
     device; missing: int64 [k], asked for with them and unreadable; whole: indices of the batch that this is
-    one process's part of, None where it is all of it."""
+    one process's part of, or else its own."""
 
     indices: Tensor
     weights: Tensor
@@ -933,10 +933,8 @@ class Batch:
     def __len__(self) -> int:
         return len(self.indices)
 
-    @property
-    def every(self) -> Tensor:
-        """Indices of the batch in all processes, int64 [at least B]."""
-        return self.indices if self.whole is None else self.whole
+    def __post_init__(self):
+        self.whole = self.indices if self.whole is None else self.whole
 
     def rows(self, indices: Tensor, weights: Tensor) -> Batch:
         """Those of its samples that `indices` names, int64 [k], with new weights."""
@@ -966,7 +964,7 @@ def train_step(
     autocast: Callable[[], torch.autocast],
     clip_norm: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One optimiser step on a batch; `judge` gives significances.
+    """One optimiser step on a batch; `judge` gives significances. Several processes average their gradients.
 
     Returns losses [B], significances [B] (NaN where the loss is not finite), and whether the step was taken,
     a bool; all still on the device. Raises BadInput for a criterion that gives no loss a sample.
@@ -978,8 +976,7 @@ def train_step(
     losses = criterion(logits.float(), batch.labels)
     check_losses(losses, batch.labels)
     finite = losses.detach().isfinite()
-    share = len(batch.every) / world()[1]  # of several processes, whose gradients are averaged
-    scaler.scale((torch.where(finite, losses, 0) * weights).sum() / share).backward()
+    scaler.scale((torch.where(finite, losses, 0) * weights).sum() * world()[1] / len(batch.whole)).backward()
     scores = torch.where(finite, judge(logits, batch.labels, batch.images), math.nan)
     return losses.detach(), scores, guarded_step(model, optimizer, scaler, before, clip_norm)
 
@@ -1085,21 +1082,21 @@ class Tally:
         """Counts a step, without waiting for it."""
         finite = losses.isfinite()
         sums = torch.stack([torch.where(finite, losses, 0).sum(), finite.sum(), taken])
-        self.pending.append((batch.every, batch.indices, scores, sums))
-        self.trained += len(batch.every)
+        self.pending.append((batch.whole, batch.indices, scores, sums))
+        self.trained += len(batch.whole)
         self.side = batch.images.shape[-1] if batch.images.ndim == 4 else None
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Indices and significances, on the CPU, of what was trained since the last call: the one sync."""
-        every, own, scores, sums = zip(*self.pending, strict=True)
-        indices = torch.cat(every)
-        flat = brought_together(torch.cat([*scores, *sums]).cpu(), torch.cat(own), indices)
-        for loss, finite, taken in flat[len(indices) :].reshape(-1, 3).tolist():
+        whole, own, scores, sums = zip(*self.pending, strict=True)
+        indices, own = torch.cat(whole), torch.cat(own)
+        flat = torch.cat([*scores, *sums]).cpu()
+        for loss, finite, taken in summed(flat[len(own) :]).reshape(-1, 3).tolist():
             self.loss += loss
             self.finite += int(finite)
             self.skipped_steps += not taken
         self.pending = []
-        return indices, flat[: len(indices)]
+        return indices, brought_together(flat[: len(own)], own, indices)
 
 
 # %% The trainer [markdown] tags=["shared"]
@@ -1258,8 +1255,8 @@ class AdaptiveSparseTrainer:
 
     def step(self, batch: Batch) -> None:
         """One step at the learning rate of the moment, counted and charged."""
-        if len(batch.every) < min(2, self.train_source.batch_size) * world()[1]:  # batch norm needs two
-            return give_up(self.gate, batch.every)
+        if len(batch.whole) < min(2, self.train_source.batch_size) * world()[1]:  # batch norm needs two
+            return give_up(self.gate, batch.whole)
         shape = learning_rate_shape(self.progress) * self.controls.values["learning_rate_factor"]
         set_rates(self.optimizer, self.peak_lrs, shape)
         how = self.criterion, self.judge, self.autocast, self.clip_norm
@@ -1267,8 +1264,8 @@ class AdaptiveSparseTrainer:
             model = self.model if world()[1] == 1 else distributed(self.model)
             self.tally.add(batch, *train_step(model, self.optimizer, self.scaler, batch, *how))
         cost = self.ledger.costs[self.phase]
-        cost.activated += len(batch.every)
-        cost.flops += len(batch.every) * self.flops[mode_at("training", batch.images, self.train_source)]
+        cost.activated += len(batch.whole)
+        cost.flops += len(batch.whole) * self.flops[mode_at("training", batch.images, self.train_source)]
         self.progress += (1 - self.progress) / steps_left(self)
 
     def remember(self) -> None:
@@ -1400,7 +1397,7 @@ def batch_length(held: int, size: int) -> int:
 def arrivals(trainer: AdaptiveSparseTrainer, batches: Iterable[Batch]) -> Iterator[Batch]:
     """The batches that could be read; what is missing of them is offered no more."""
     for batch in batches:
-        trainer.tally.waiting -= len(batch.every) + len(batch.missing)
+        trainer.tally.waiting -= len(batch.whole) + len(batch.missing)
         trainer.readable[batch.missing] = False
         give_up(trainer.gate, batch.missing)
         if len(batch):
@@ -1449,8 +1446,7 @@ def score_views(trainer: AdaptiveSparseTrainer, images: Tensor, labels: Tensor) 
     mode = mode_at("evaluation", images, trainer.train_source)
     trainer.ledger.costs["scoring"].flops += len(images) * trainer.flops[mode]
     every = torch.arange(len(images))
-    own = own_share(every)
-    images, labels = own_share(images), own_share(labels)
+    images, labels, own = map(own_share, (images, labels, every))
     with evaluating(trainer.model), trainer.autocast(), enough_memory():
         scores = trainer.judge(trainer.model(images), labels, images)
     return brought_together(scores, own, every)
@@ -1460,7 +1456,9 @@ def evaluate(trainer: AdaptiveSparseTrainer) -> float | None:
     """Accuracy on the validation set, percent; charged. None where a stop was asked for meanwhile."""
     right, count = torch.zeros((), device=trainer.device), 0
     with trainer.ledger.charge("evaluation"), evaluating(trainer.model):
-        average_buffers(trainer.model)
+        if world()[1] > 1:  # running statistics become the mean of the processes'
+            buffers = float_buffers(trainer.model)
+            put_back(buffers, summed(joined(buffers)) / world()[1])
         for images, labels in trainer.val_source.in_order(*world()):
             if trainer.controls.stop:
                 count = math.nan  # whichever process stops, all do
@@ -1698,12 +1696,9 @@ def held(out: Path) -> Iterator[None]:
     The lock dies with its process. It is best effort on shared drives, and Windows has none. Of several
     processes the first keeps it.
     """
-    if world()[0]:
-        yield
-        return
     try:
         out.resolve().mkdir(parents=True, exist_ok=True)
-        handle = None if fcntl is None else os.open(out, os.O_RDONLY)
+        handle = None if fcntl is None or world()[0] else os.open(out, os.O_RDONLY)
     except (OSError, ValueError) as error:
         raise BadInput(
             f"--out {out}: expected a folder that can be written ({error}); name another"
@@ -1730,8 +1725,6 @@ def busy(out: Path, handle: int | None) -> bool:
 
 def rotate_folder(out: Path, say: Callable[[str], None]) -> None:
     """Renames the run in a folder to <out>-1, -2, …. Raises BadInput where it holds somebody else's files."""
-    if world()[0]:
-        return
     try:
         there = sorted(path.name for path in out.iterdir() if path.name[0] != "." and path.suffix != ".part")
         if there and read_config(out).get("program") not in PROGRAMS:
@@ -1807,15 +1800,13 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def save_checkpoint(folder: Path, state: dict) -> None:
     """Writes `state` as the newest checkpoint in `folder` and keeps the one before it."""
-    if world()[0]:
-        return
     there = checkpoints(folder)
     buffer = io.BytesIO()
     torch.save(state, buffer)
     payload = buffer.getvalue()
     path = folder / f"{int(there[-1].stem) + 1 if there else 0:06d}.ckpt"
     write_whole(path, hashlib.sha256(payload).digest() + payload)
-    for old in there[:-1]:
+    for old in there[:-1] * (world()[0] == 0):
         old.unlink()
 
 
@@ -3196,8 +3187,7 @@ def as_source(
     if not len(data):
         raise BadInput(f"{name} of 0 samples: expected at least one")
     if world()[1] > 1 and data.batch_size < 2 * world()[1]:
-        expected = f"{2 * world()[1]} or more, two for each process"
-        raise BadInput(f"{name}, batch size {data.batch_size}: expected {expected}; raise it")
+        raise BadInput(f"batch size {data.batch_size}: expected two samples or more a process; raise it")
     return data
 
 
@@ -3357,24 +3347,23 @@ def check_outputs(logits: object, labels: Tensor) -> None:
 
 # %% Several processes tags=["shared", "fold"]
 # @title Several processes
-TEAM: dict[str, Any] = {}  # the launcher's store, which outlives the processes
+TEAM: dict[str, Any] = {}  # this process's place among several; the launcher's store, which outlives them
 
 
 def world() -> tuple[int, int]:
     """Rank of this process, and how many train together: (0, 1) but under torchrun."""
-    together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else (0, 1)
+    return TEAM.get("place", (0, 1))
 
 
 def join() -> None:
     """Joins the processes that torchrun started, if it did, of which the first alone prints."""
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
-    backend = "gloo"
-    if torch.cuda.is_available():
-        backend = "cpu:gloo,cuda:nccl"
+    if cuda := torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    TEAM["store"], rank, size = next(torch.distributed.rendezvous("env://"))
+    TEAM["store"], *TEAM["place"] = next(torch.distributed.rendezvous("env://"))
+    rank, size = TEAM["place"]
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     torch.distributed.init_process_group(backend, store=TEAM["store"], rank=rank, world_size=size)
     if rank:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -3383,20 +3372,13 @@ def join() -> None:
 
 
 def ended(status: int, words: str = "") -> int:
-    """Ends on an error. Of several processes the first says why, and none waits for another."""
+    """Returns the exit status, having said why; of several processes the first to fail says it, and each ends
+    here, without a farewell that another might never answer."""
     if words and (not TEAM or TEAM["store"].add("ended", 1) == 1):
         print(words, file=sys.stderr, flush=True)
     if TEAM:
         os._exit(status)
     return status
-
-
-def agreed(value: Any) -> Any:
-    """The first process's value, in all of them."""
-    values = [value]
-    if world()[1] > 1:
-        torch.distributed.broadcast_object_list(values)
-    return values[0]
 
 
 def gathered(value: Any) -> list:
@@ -3407,6 +3389,17 @@ def gathered(value: Any) -> list:
     return values
 
 
+def agreed(value: Any) -> Any:
+    """The first process's value, in all of them."""
+    return gathered(value)[0]
+
+
+def check_alike(value: object, what: str) -> None:
+    """Raises BadInput where a process has another value than the first."""
+    if agreed(value) != value:
+        raise BadInput(f"{what}: expected what process 0 finds there; give every machine the same")
+
+
 def summed(values: Tensor) -> Tensor:
     """The sum of every process's tensor, of one shape, in place."""
     if world()[1] > 1:
@@ -3415,28 +3408,22 @@ def summed(values: Tensor) -> Tensor:
 
 
 def own_share(values: Tensor) -> Tensor:
-    """This process's stride of what all have [m]; all of it where there are fewer than processes."""
-    rank, size = world()
-    return values[rank::size] if len(values) >= size else values
+    """This process's stride of what all have [m]."""
+    return values[world()[0] :: world()[1]]
 
 
-def brought_together(flat: Tensor, own: Tensor, every: Tensor) -> Tensor:
-    """Values for all of the `every` [m], float [m + k], from those of each process for its `own`, and the sums
-    of the k numbers behind them."""
+def brought_together(values: Tensor, own: Tensor, every: Tensor) -> Tensor:
+    """Values [m] of the indices `every`, from each process's [k] of its `own`; of several, on the CPU."""
     if world()[1] == 1:
-        return flat
-    flat = flat.cpu()
-    if len(own) == len(every):
-        return agreed(flat)
-    whole = torch.zeros(len(every) + len(flat) - len(own), dtype=flat.dtype)
-    whole[: len(every)][torch.isin(every, own)] = flat[: len(own)]
-    whole[len(every) :] = flat[len(own) :]
+        return values
+    whole = torch.zeros(len(every), dtype=values.dtype)
+    whole[torch.isin(every, own)] = values.cpu()
     return summed(whole)
 
 
 def share_of(batch: Batch) -> Batch:
     """This process's part of a batch that is all here."""
-    if world()[1] == 1 or batch.whole is not None:
+    if world()[1] == 1 or len(batch.whole) > len(batch):
         return batch
     return replace(batch.rows(*map(own_share, (batch.indices, batch.weights))), whole=batch.indices)
 
@@ -3457,16 +3444,16 @@ def stream_of_shares(trainer: AdaptiveSparseTrainer, batches: Iterable[tuple]) -
     if size == 1:
         yield from source.stream(batches)
         return
-    if not seen:  # random numbers of its own, the same when the epoch is trained again
-        number = int(np.random.SeedSequence([trainer.seed, trainer.epoch, *world()]).generate_state(1)[0])
-        torch.manual_seed(number)
-        source.generator.manual_seed(number)
-    asked, stride = deque(), slice(0 if seen else world()[0], None, 1 if seen else size)
+    numbers = trainer.seed, trainer.epoch, 0 if seen else world()[0]  # a process draws views of its own
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    torch.manual_seed(seed)
+    source.generator.manual_seed(seed)
+    asked = deque()
 
     def strides() -> Iterator[tuple[Tensor, Tensor]]:
-        for indices, weights in batches:
-            asked.append(indices)
-            yield indices[stride], weights[stride]
+        for batch in batches:
+            asked.append(batch[0])
+            yield batch if seen else tuple(map(own_share, batch))
 
     for part in source.stream(strides()):
         indices, lost = asked.popleft(), [{}] * size
@@ -3474,29 +3461,25 @@ def stream_of_shares(trainer: AdaptiveSparseTrainer, batches: Iterable[tuple]) -
             lost = tell_unreadable(source, {i: source.unreadable[i] for i in part.missing.tolist()})
         missing = torch.tensor(sorted(set().union(*lost)), dtype=torch.int64)
         kept = indices[~torch.isin(indices, missing)]
-        if seen:
-            yield replace(part.rows(kept, torch.ones(len(kept))), missing=missing)
-        elif min(len(indices[rank::size]) - len(lost[rank]) for rank in range(size)) >= 2:
-            yield replace(part, missing=missing, whole=kept)
-        else:  # batch norm cannot train on a lone sample
-            give_up(trainer.gate, kept)
+        if min(len(indices[rank::size]) - len(lost[rank]) for rank in range(size)) < 2:
+            give_up(trainer.gate, kept)  # batch norm cannot train on a lone sample
             trainer.tally.waiting -= len(kept)
             yield replace(part.cut(0)[0], missing=missing)
+        elif seen:
+            yield replace(part.rows(kept, torch.ones(len(kept))), missing=missing)
+        else:
+            yield replace(part, missing=missing, whole=kept)
 
 
 @functools.lru_cache(1)
 def distributed(model: nn.Module) -> nn.Module:
-    """A model whose gradients are averaged over the processes; batch norm on GPUs sees the whole batch."""
+    """A twin of the model, with the same weights and buffers, that averages gradients over the processes. On
+    GPUs its batch norm sees the whole batch; on a CPU each process has its own statistics of a step."""
     if next(model.parameters()).is_cuda:
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        same = {id(value): value for value in (*model.parameters(), *model.buffers())}
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model, same))
+    warnings.filterwarnings("ignore", "`broadcast_buffers`")  # whose new name torch 2.10 does not know
     return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, static_graph=True)
-
-
-def average_buffers(model: nn.Module) -> None:
-    """Batch norm's running statistics become the mean of the processes', as on a CPU each has its own."""
-    buffers = float_buffers(model)
-    if buffers and world()[1] > 1:
-        put_back(buffers, summed(joined(buffers)) / world()[1])
 
 
 # %% FLOPs and joules tags=["shared", "fold"]
@@ -3523,9 +3506,6 @@ def flops_per_sample(model: nn.Module, images: Tensor, training: bool, autocast:
     exact = nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH)  # the CPU's fused attention has no formula
     with torch.random.fork_rng(devices=devices), exact, FlopCount() as counter:
         twin = copy.deepcopy(model)
-        for module in twin.modules():
-            if isinstance(module, nn.SyncBatchNorm):  # it would ask the other processes
-                module.eval()
         if not training:
             twin.eval().requires_grad_()  # without gradients attention is one operator that has no formula
         with torch.enable_grad():
@@ -3546,13 +3526,11 @@ class EnergyMeter:
 
     def __init__(self, device: torch.device):
         self.method, self.reason = "nvml-counter", ""
-        self.indices, self.start = [device.index or 0], 0.0
-        if device.type != "cuda":
-            self.method, self.reason = "unavailable", f"no sensor for a {device.type}"
-        if world()[1] > 1:
-            self.indices = range(int(os.environ["LOCAL_WORLD_SIZE"]))
-            if world()[1] > len(self.indices):
-                self.method, self.reason = "unavailable", "GPUs of several machines"
+        self.start, alone = 0.0, [device.index or 0]
+        self.indices = alone if world()[1] == 1 else range(int(os.environ["LOCAL_WORLD_SIZE"]))
+        if device.type != "cuda" or world()[1] > len(self.indices):
+            where = "GPUs of several machines" if device.type == "cuda" else f"a {device.type}"
+            self.method, self.reason = "unavailable", f"no sensor for {where}"
         self.start = self.joules()
 
     def joules(self) -> float | None:
@@ -3763,11 +3741,8 @@ def contents(data: ImageData) -> str:
     where processes hold different ones."""
     names = [list(getattr(images, "names", ())) for images in (data.train_images, data.val_images)]
     held = repr((data.classes, names)).encode() + data.train_labels.tobytes() + data.val_labels.tobytes()
-    found = hashlib.sha256(held).hexdigest()
-    if agreed(found) != found:
-        where = f"process {world()[0]}: {data.source}"
-        raise BadInput(f"{where}: expected the data of process 0; give every machine the same")
-    return found
+    check_alike(digest := hashlib.sha256(held).hexdigest(), data.source)
+    return digest
 
 
 # %% The run tags=["shared", "fold"]
@@ -3808,13 +3783,16 @@ class Run:
         self.say(textwrap.fill(words, 80, subsequent_indent="  ", break_long_words=False))
         if self.settings.resume:
             with held(self.out):
-                if self.resume():
+                found = self.resume()
+                check_alike(found, f"--out {self.out}")
+                if found:
                     return self.train_all()
             self.say(f"no checkpoint to resume in {self.out}: starting afresh")
         self.finished, self.trainer = [], None
         self.make_trainer(self.policies[0], self.seeds[0])  # refuses what cannot be before anything moves
         with held(self.out):
-            rotate_folder(self.out, self.say)
+            if world()[0] == 0:
+                rotate_folder(self.out, self.say)
         with held(self.out):
             config = {"program": PROGRAM, "settings": asdict(self.settings)}
             write_whole(self.out / "config.json", as_json(config, indent=2))
@@ -3841,25 +3819,21 @@ class Run:
     def resume(self) -> bool:
         """Takes up the newest checkpoint that fits; False where there is none. Raises BadInput where one is
         of another run, and none of this one."""
-        unfit, other, stored = [], None, None
-        for path in reversed([] if world()[0] else checkpoints(self.out / "checkpoints")):
+        unfit, other = [], None
+        for path in reversed(agreed(checkpoints(self.out / "checkpoints"))):
             try:
-                self.take_up(found := read_checkpoint(path))
+                self.take_up(read_checkpoint(path))
             except UNFIT as error:
                 other = error if isinstance(error, BadInput) else other
                 self.say(f"warning: {path}: {one_line(error)[:99]}; trying the checkpoint before it")
                 unfit.append(path)
             else:
-                for passed in unfit:  # else it would count among the two that are kept
+                for passed in unfit * (world()[0] == 0):  # else it would count among the two that are kept
                     passed.rename(passed.with_suffix(".unfit"))
-                stored = found
-                break
-        if other and not stored:
+                return True
+        if other:
             raise other
-        stored = agreed(stored)
-        if world()[0] and stored:
-            self.take_up(stored)
-        return stored is not None
+        return False
 
     def take_up(self, stored: dict) -> None:
         """Goes on from a checkpoint. Raises BadInput where it is of another run, else one of UNFIT."""
@@ -4415,8 +4389,8 @@ def copied(out: str, say: Callable[[str], None]) -> str:
     """A copy of an output folder that can only be read, such as one among Kaggle's inputs, to go on in."""
     home = fill_defaults(replace(settings, out=None)).out
     with held(Path(home)):
-        rotate_folder(Path(home), say)
-        if not world()[0]:
+        if world()[0] == 0:
+            rotate_folder(Path(home), say)
             shutil.copytree(out, home, dirs_exist_ok=True, copy_function=shutil.copyfile)
     say(f"{out} can only be read: it was copied to {home}, where it goes on")
     return home
@@ -4430,11 +4404,9 @@ def overview(settings: ASTConfig) -> list[str]:
     values = [(item.name, getattr(settings, item.name), item.default) for item in fields(settings)]
     changed = [f"{name}={value}" for name, value, default in values if value != default]
     wrapped = textwrap.wrap(printable(", ".join(changed)), 80, initial_indent="  ", subsequent_indent="  ")
-    machine = f"  torch {torch.__version__} on {device_name(settings.device)}"
-    if world()[1] > 1:
-        norm = "each process's own" if settings.device == "cpu" else "synchronised"
-        machine += f", {world()[1]} processes; batch norm: {norm}"
-    return [first, machine, *wrapped]
+    norm = "each process's own" if settings.device == "cpu" else "synchronised"
+    team = f", {world()[1]} processes; batch norm: {norm}" if world()[1] > 1 else ""
+    return [first, f"  torch {torch.__version__} on {device_name(settings.device)}{team}", *wrapped]
 
 
 def run(
@@ -4461,12 +4433,10 @@ def run(
         settings = replace(settings, out=copied(settings.out, say))
     check_apart(Path(settings.out), Path(settings.data).expanduser())
     say("\n".join(overview(settings)))
-    waits = world()[1] > 1 and os.environ["LOCAL_RANK"] != "0"  # for the first of its machine, which fetches
-    if waits:
-        gathered(None)
+    if world()[1] == 1 or os.environ["LOCAL_RANK"] == "0":
+        data = data or load_data(settings, say)
+    gathered(None)  # the others find what the first on their machine has fetched
     data = data or load_data(settings, say)
-    if not waits:
-        gathered(None)
     settings = fitted(settings, data)
     summary = Run(settings, data, say, listeners, controls).execute()
     say(report(summary))
@@ -4514,14 +4484,13 @@ def main() -> int:
     def stop(number: int, frame: object) -> None:
         controls.stop = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         codes[controls.stop] = 128 + number
-        words = "saving and stopping; once more to stop at once"
+        silent = world()[0] or (TEAM and TEAM["store"].add("ended", 0))
+        stream = os.open(os.devnull, os.O_WRONLY) if silent else 2
         if not controls.heeded:  # nothing to save, and threads that wait for a disk must not hold it
-            words = "ended before there was anything to save"
-        if not world()[0] and not (TEAM and TEAM["store"].add("ended", 0)):
-            os.write(2, f"{controls.stop}: {words}\n".encode())
-        if not controls.heeded:
+            os.write(stream, f"{controls.stop}: ended before there was anything to save\n".encode())
             os._exit(128 + number)
         signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+        os.write(stream, f"{controls.stop}: saving and stopping; once more to stop at once\n".encode())
 
     sys.stdout, sys.stderr = Outlet(sys.stdout), Outlet(sys.stderr)
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
@@ -4541,10 +4510,8 @@ def main() -> int:
     except RuntimeError as error:
         if not re.search("gloo|nccl", str(error), re.IGNORECASE):
             raise
-        return ended(1)  # another process has, and has said why
-    if world()[1] > 1:
-        torch.distributed.destroy_process_group()
-    return codes.get(controls.stop, 0)
+        return ended(1)  # another process did, and has said why
+    return ended(codes.get(controls.stop, 0))
 
 
 # %% Pictures [markdown] tags=["shared"]
