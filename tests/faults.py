@@ -169,8 +169,8 @@ resume: a checkpoint of other settings is taken up > resume where_the_newest_che
 - if stored["identity"] != self.identity:
 + if stored["identity"][2] != self.identity[2]:
 checkpoints: the one before the newest is not kept > resume a_checkpoint_comes_back
-- for old in there[:-1]:
-+ for old in there:
+- for old in there[:-1] * (world()[0] == 0):
++ for old in there * (world()[0] == 0):
 checkpoints: a cut epoch that is trained again costs nothing > resume what_a_cut_epoch
 - costs["repeated"][unit] = (costs["repeated"][unit] or 0) + now[unit] - before
 + costs["repeated"][unit] = costs["repeated"][unit] or 0
