@@ -925,16 +925,21 @@ def unit_saved(cost: Cost) -> float:
 @dataclass
 class Batch:
     """Samples on their way: indices int64 [B] and weights float32 [B] on the CPU, views and labels on the
-    device; missing: int64 [k], asked for with them and unreadable."""
+    device; missing: int64 [k], asked for with them and unreadable; whole: indices of the batch that this is
+    one process's part of, or else its own."""
 
     indices: Tensor
     weights: Tensor
     images: Tensor
     labels: Tensor
     missing: Tensor
+    whole: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def __post_init__(self):
+        self.whole = self.indices if self.whole is None else self.whole
 
     def rows(self, indices: Tensor, weights: Tensor) -> Batch:
         """Those of its samples that `indices` names, int64 [k], with new weights."""
@@ -945,12 +950,12 @@ class Batch:
 
     def cut(self, size: int) -> tuple[Batch, Batch]:
         """The first `size` samples, and the rest."""
-        parts = [getattr(self, item.name).tensor_split([size]) for item in fields(self)]
+        parts = [getattr(self, item.name).tensor_split([size]) for item in fields(self)[:5]]
         return Batch(*(part[0] for part in parts)), Batch(*(part[1] for part in parts))
 
     def joined(self, other: Batch) -> Batch:
         """The samples of both."""
-        pairs = [(getattr(self, item.name), getattr(other, item.name)) for item in fields(self)]
+        pairs = [(getattr(self, item.name), getattr(other, item.name)) for item in fields(self)[:5]]
         return Batch(*(torch.cat(pair) for pair in pairs))
 
 
@@ -964,7 +969,7 @@ def train_step(
     autocast: Callable[[], torch.autocast],
     clip_norm: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One optimiser step on a batch; `judge` gives significances.
+    """One optimiser step on a batch; `judge` gives significances. Several processes average their gradients.
 
     Returns losses [B], significances [B] (NaN where the loss is not finite), and whether the step was taken,
     a bool; all still on the device. Raises BadInput for a criterion that gives no loss a sample.
@@ -976,7 +981,7 @@ def train_step(
     losses = criterion(logits.float(), batch.labels)
     check_losses(losses, batch.labels)
     finite = losses.detach().isfinite()
-    scaler.scale((torch.where(finite, losses, 0) * weights).sum() / len(batch)).backward()
+    scaler.scale((torch.where(finite, losses, 0) * weights).sum() * world()[1] / len(batch.whole)).backward()
     scores = torch.where(finite, judge(logits, batch.labels, batch.images), math.nan)
     return losses.detach(), scores, guarded_step(model, optimizer, scaler, before, clip_norm)
 
@@ -1026,6 +1031,7 @@ class Controls:
     def take(self, target: float, pausing: bool = False) -> Iterator[dict]:
         """Takes up what was asked; each change with its old value. target: the run's own. A pause, and what
         was asked after it, is left until it begins (`pausing`)."""
+        self.asked = agreed(self.asked)
         while self.asked and (pausing or not self.paused or self.asked[0]["control"] != "paused"):
             change = self.asked.popleft()
             own = {"target_activation": target, "paused": not change["new"], "stop": None}
@@ -1037,10 +1043,17 @@ class Controls:
             yield change | {"old": old, "candidates": self.candidates, "words": short.get(words, words)}
 
     def stopping(self) -> bool:
+        """Whether to end; several processes agree on that, and on a pause, whenever they ask."""
         self.heeded = True
         if self.stop is None and time.monotonic() > self.deadline:
             self.stop = "time limit"
-        return self.stop is not None
+        if world()[1] == 1:
+            return self.stop is not None
+        stops, pauses = summed(torch.tensor([self.stop is not None, self.paused], dtype=torch.int64)).tolist()
+        self.paused = pauses > 0
+        if stops:
+            self.stop = next(filter(None, gathered(self.stop)))
+        return stops > 0
 
     def wait_or_stop(self, ledger: Ledger, tell: Callable[[bool], None]) -> bool:
         """Waits while paused, at nobody's cost, and tells of it; then says whether to stop."""
@@ -1068,27 +1081,27 @@ class Tally:
     loss: float = 0.0  # sum over those
     skipped_steps: int = 0  # steps not taken
     waited: float = 0.0  # seconds in which the step waited for data
-    pending: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # still on the device
+    pending: list[tuple[Tensor, ...]] = field(default_factory=list)  # losses still on the device
 
     def add(self, batch: Batch, losses: Tensor, scores: Tensor, taken: Tensor) -> None:
         """Counts a step, without waiting for it."""
         finite = losses.isfinite()
         sums = torch.stack([torch.where(finite, losses, 0).sum(), finite.sum(), taken])
-        self.pending.append((batch.indices, scores, sums))
-        self.trained += len(batch)
+        self.pending.append((batch.whole, batch.indices, scores, sums))
+        self.trained += len(batch.whole)
         self.side = batch.images.shape[-1] if batch.images.ndim == 4 else None
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Indices and significances, on the CPU, of what was trained since the last call: the one sync."""
-        indices = torch.cat([indices for indices, _, _ in self.pending])
-        scores, sums = ([step[part] for step in self.pending] for part in (1, 2))
-        flat = torch.cat(scores + sums).cpu()
-        for loss, finite, taken in flat[len(indices) :].reshape(-1, 3).tolist():
+        whole, own, scores, sums = zip(*self.pending, strict=True)
+        indices, own = torch.cat(whole), torch.cat(own)
+        flat = torch.cat([*scores, *sums]).cpu()
+        for loss, finite, taken in summed(flat[len(own) :]).reshape(-1, 3).tolist():
             self.loss += loss
             self.finite += int(finite)
             self.skipped_steps += not taken
         self.pending = []
-        return indices, flat[: len(indices)]
+        return indices, brought_together(flat[: len(own)], own, indices)
 
 
 # %% The trainer [markdown] tags=["shared"]
@@ -1199,13 +1212,13 @@ class AdaptiveSparseTrainer:
         self.tally = Tally(int(self.readable.sum()), *seconds)
         self.train_source.side = self.schedule.side(self.epoch)
         self.apply_controls()
-        batches = arrivals(self, self.train_source.stream(self.choose()))
+        batches = arrivals(self, stream_of_shares(self, self.choose()))
         if needs_views(self.gate):
             batches = packed(filtered(self, batches), self.train_source.batch_size, self.tally)
         waiting = time.perf_counter()
         for batch in batches:
             self.tally.waited += time.perf_counter() - waiting
-            self.step(batch)
+            self.step(share_of(batch))
             if self.controls.wait_or_stop(self.ledger, self.apply_controls):
                 return False
             waiting = time.perf_counter()
@@ -1247,17 +1260,18 @@ class AdaptiveSparseTrainer:
 
     def step(self, batch: Batch) -> None:
         """One step at the learning rate of the moment, counted and charged."""
-        if len(batch) < min(2, self.train_source.batch_size):  # batch norm cannot train on a lone sample
-            return give_up(self.gate, batch.indices)
+        if len(batch.whole) < min(2, self.train_source.batch_size) * world()[1]:  # batch norm needs two
+            return give_up(self.gate, batch.whole)
         shape = learning_rate_shape(self.progress) * self.controls.values["learning_rate_factor"]
         set_rates(self.optimizer, self.peak_lrs, shape)
         how = self.criterion, self.judge, self.autocast, self.clip_norm
         batch, flops = thinned(self, batch)
         with enough_memory():
-            self.tally.add(batch, *train_step(self.model, self.optimizer, self.scaler, batch, *how))
+            model = self.model if world()[1] == 1 else distributed(self.model)
+            self.tally.add(batch, *train_step(model, self.optimizer, self.scaler, batch, *how))
         cost = self.ledger.costs[self.phase]
-        cost.activated += len(batch)
-        cost.flops += flops
+        cost.activated += len(batch.whole)
+        cost.flops += flops * len(batch.whole) / len(batch)
         self.progress += (1 - self.progress) / steps_left(self)
 
     def remember(self) -> None:
@@ -1379,17 +1393,17 @@ def batch_length(held: int, size: int) -> int:
 
     The last two batches share what is left: the gradient of four samples left over is mostly noise, and would
     take a step of the whole learning rate. A lone last sample joins the batch before it, since batch norm
-    cannot train on one.
+    cannot train on one; so does what would leave one of several processes with fewer than two.
     """
     if held >= 2 * size:
         return size
-    return held if held <= size + 1 else math.ceil(held / 2)
+    return held if held < max(size + 2, 4 * world()[1]) else math.ceil(held / 2)
 
 
 def arrivals(trainer: AdaptiveSparseTrainer, batches: Iterable[Batch]) -> Iterator[Batch]:
     """The batches that could be read; what is missing of them is offered no more."""
     for batch in batches:
-        trainer.tally.waiting -= len(batch) + len(batch.missing)
+        trainer.tally.waiting -= len(batch.whole) + len(batch.missing)
         trainer.readable[batch.missing] = False
         give_up(trainer.gate, batch.missing)
         if len(batch):
@@ -1439,23 +1453,34 @@ def score_views(trainer: AdaptiveSparseTrainer, images: Tensor, labels: Tensor) 
     """Significance [m] of views [m, ...] with labels int64 [m], by the model as it is now; charged."""
     mode = mode_at("evaluation", images, trainer.train_source)
     trainer.ledger.costs["scoring"].flops += len(images) * trainer.flops[mode]
+    every = torch.arange(len(images))
+    images, labels, own = map(own_share, (images, labels, every))
     with evaluating(trainer.model), trainer.autocast(), enough_memory():
-        return trainer.judge(trainer.model(images), labels, images)
+        scores = trainer.judge(trainer.model(images), labels, images)
+    return brought_together(scores, own, every)
 
 
 def evaluate(trainer: AdaptiveSparseTrainer) -> float | None:
     """Accuracy on the validation set, percent; charged. None where a stop was asked for meanwhile."""
     right, count = torch.zeros((), device=trainer.device), 0
     with trainer.ledger.charge("evaluation"), evaluating(trainer.model):
-        for images, labels in trainer.val_source.in_order():
+        if world()[1] > 1:  # running statistics become the mean of the processes'
+            buffers = float_buffers(trainer.model)
+            put_back(buffers, summed(joined(buffers)) / world()[1])
+        for images, labels in trainer.val_source.in_order(*world()):
             if trainer.controls.stop:
-                return None
+                count = math.nan  # whichever process stops, all do
+                break
             count_flops(trainer, trainer.val_source, images, labels)
             with trainer.autocast(), enough_memory():
                 right += (trainer.model(images).argmax(1) == labels).sum()
             count += len(labels)
+        tell_unreadable(trainer.val_source, trainer.val_source.unreadable)
+        right, count = summed(torch.tensor([float(right), count], dtype=torch.float64)).tolist()
+        if math.isnan(count):
+            return None
         trainer.ledger.costs["evaluation"].flops += count * trainer.flops.get("evaluation", 0.0)
-        return 100 * float(right) / count
+        return 100 * right / count
 
 
 def mode_at(mode: str, images: Tensor, source: ArraySource, share: float = 1.0) -> str:
@@ -1514,7 +1539,8 @@ def thinned(trainer: AdaptiveSparseTrainer, batch: Batch) -> tuple[Batch, float]
     shares, memory = (trainer.schedule.kept(trainer.epoch),), getattr(trainer.gate, "memory", None)
     if shares[0] < 1 and config.keep_by == "sample" and memory:
         shares, order = shares_by_rank(memory.rank(batch.indices), shares[0], config.temperature)
-        batch = batch.rows(batch.indices[order], batch.weights[order])
+        whole = batch.whole if world()[1] > 1 else None
+        batch = replace(batch.rows(batch.indices[order], batch.weights[order]), whole=whole)
     flops, parts = 0.0, batch.images.tensor_split(len(shares))
     for part, share in zip(parts, shares, strict=True):
         count_flops(trainer, source, batch.images, batch.labels, share)
@@ -1725,11 +1751,12 @@ def restore_random_states(device: torch.device, states: list) -> None:
 def held(out: Path) -> Iterator[None]:
     """Makes a folder, and keeps other runs out of it while the block lasts. Raises BadInput.
 
-    The lock dies with its process. It is best effort on shared drives, and Windows has none.
+    The lock dies with its process. It is best effort on shared drives, and Windows has none. Of several
+    processes the first keeps it.
     """
     try:
         out.resolve().mkdir(parents=True, exist_ok=True)
-        handle = None if fcntl is None else os.open(out, os.O_RDONLY)
+        handle = None if fcntl is None or world()[0] else os.open(out, os.O_RDONLY)
     except (OSError, ValueError) as error:
         raise BadInput(
             f"--out {out}: expected a folder that can be written ({error}); name another"
@@ -1796,7 +1823,10 @@ def as_json(value: object, indent: int | None = None) -> bytes:
 
 
 def write_by(path: Path, writer: Callable[[BinaryIO], None]) -> None:
-    """Writes a file so that it is there whole or not at all. Raises BadInput where the disk refuses."""
+    """Writes a file so that it is there whole or not at all, of several processes the first. Raises BadInput
+    where the disk refuses."""
+    if world()[0]:
+        return
     draft = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1834,7 +1864,7 @@ def save_checkpoint(folder: Path, state: dict) -> None:
     payload = buffer.getvalue()
     path = folder / f"{int(there[-1].stem) + 1 if there else 0:06d}.ckpt"
     write_whole(path, hashlib.sha256(payload).digest() + payload)
-    for old in there[:-1]:
+    for old in there[:-1] * (world()[0] == 0):
         old.unlink()
 
 
@@ -3054,10 +3084,11 @@ class ArraySource:
             views = shrunk(self.view(self.images[rows], self.generator), self.side)
             yield Batch(indices, weights, views, self.labels[rows], indices[:0])
 
-    def in_order(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Views and labels of all samples, for evaluation."""
+    def in_order(self, first: int = 0, step: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Views and labels of all samples, for evaluation; of every `step`th batch, from the `first` on."""
         size = max(self.batch_size, 500 * 3072 // max(1, self.images[0].numel()))  # 500 pictures of 32 pixels
-        for images, labels in zip(self.images.split(size), self.labels.split(size), strict=True):
+        batches = zip(self.images.split(size), self.labels.split(size), strict=True)
+        for images, labels in itertools.islice(batches, first, None, step):
             yield self.view(images, self.generator), labels
 
 
@@ -3148,10 +3179,11 @@ class DatasetSource:
         images, labels = (part.to(self.device, non_blocking=True) for part in (images, labels))
         return shrunk(as_input(images), self.side), labels
 
-    def in_order(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """All samples, labels as classes, for evaluation. Raises BadInput."""
+    def in_order(self, first: int = 0, step: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """All samples, or every `step`th from the `first` on, labels as classes. Raises BadInput."""
+        samples = range(first, len(self), step)
         try:
-            for batch in DataLoader(self.loader.dataset, self.batch_size, **self.how):
+            for batch in DataLoader(self.loader.dataset, self.batch_size, sampler=samples, **self.how):
                 yield self.move(batch, classes=True)
         except BadInput:
             raise
@@ -3206,6 +3238,8 @@ def as_source(
         data = DatasetSource(data, device, classes)
     if not len(data):
         raise BadInput(f"{name} of 0 samples: expected at least one")
+    if world()[1] > 1 and data.batch_size < 2 * world()[1]:
+        raise BadInput(f"batch size {data.batch_size}: expected two samples or more a process; raise it")
     return data
 
 
@@ -3222,8 +3256,9 @@ def pick_device(name: str) -> torch.device:
     """The device for auto, cpu or cuda. Raises BadInput if there is none, or torch has no code for it."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
+    own = name == "auto" or world()[1] > 1  # of this process
     try:
-        device = torch.device("cuda", torch.cuda.current_device()) if name == "auto" else torch.device(name)
+        device = torch.device("cuda", torch.cuda.current_device()) if own else torch.device(name)
         torch.zeros(1, device=device).add(1).item()
     except (RuntimeError, AssertionError) as error:  # none, or a P100, for which most builds have no code
         found = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
@@ -3293,6 +3328,8 @@ def guarded_step(
     norm = nn.utils.get_total_norm([p.grad for p in weights])
     after = joined(float_buffers(model))
     ok = norm.isfinite() & after.isfinite().all().to(norm.device)
+    if world()[1] > 1:
+        ok = summed((~ok).int()) == 0
     if clip_norm:
         nn.utils.clip_grads_with_norm_(weights, clip_norm, norm)
     if getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -3352,6 +3389,151 @@ def check_outputs(logits: object, labels: Tensor) -> None:
         raise BadInput(f"labels from {low} to {high}: expected 0 to {classes - 1}, the outputs of the model")
 
 
+# %% Several processes [markdown] tags=["shared"]
+# ### Several processes
+#
+# Under `torchrun --standalone --nproc_per_node=2` the same program trains on two devices, or, with
+# `--nnodes`, on many machines. Every process holds the same gate, draws the same numbers and makes the same
+# choice. It trains on its stride of every batch. Gradients are averaged by PyTorch's DistributedDataParallel;
+# losses come together once a chunk. The first process alone prints and writes.
+
+# %% Several processes tags=["shared", "fold"]
+# @title Several processes
+TEAM: dict[str, Any] = {}  # this process's place among several; the launcher's store, which outlives them
+
+
+def world() -> tuple[int, int]:
+    """Rank of this process, and how many train together: (0, 1) but under torchrun."""
+    return TEAM.get("place", (0, 1))
+
+
+def join() -> None:
+    """Joins the processes that torchrun started, if it did, of which the first alone prints."""
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    if cuda := torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    TEAM["store"], *TEAM["place"] = next(torch.distributed.rendezvous("env://"))
+    rank, size = TEAM["place"]
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    torch.distributed.init_process_group(backend, store=TEAM["store"], rank=rank, world_size=size)
+    if rank:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.environ["TQDM_DISABLE"] = "1"
+        warnings.simplefilter("ignore")
+
+
+def ended(status: int, words: str = "") -> int:
+    """Returns the exit status, having said why; of several processes the first to fail says it, and each ends
+    here, without a farewell that another might never answer."""
+    if words and (not TEAM or TEAM["store"].add("ended", 1) == 1):
+        print(words, file=sys.stderr, flush=True)
+    if TEAM:
+        os._exit(status)
+    return status
+
+
+def gathered(value: Any) -> list:
+    """Every process's value, by rank."""
+    values = [value] * world()[1]
+    if len(values) > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def agreed(value: Any) -> Any:
+    """The first process's value, in all of them."""
+    return gathered(value)[0]
+
+
+def check_alike(value: object, what: str) -> None:
+    """Raises BadInput where a process has another value than the first."""
+    if agreed(value) != value:
+        raise BadInput(f"{what}: expected what process 0 finds there; give every machine the same")
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum of every process's tensor, of one shape, in place."""
+    if world()[1] > 1:
+        torch.distributed.all_reduce(values)
+    return values
+
+
+def own_share(values: Tensor) -> Tensor:
+    """This process's stride of what all have [m]."""
+    return values[world()[0] :: world()[1]]
+
+
+def brought_together(values: Tensor, own: Tensor, every: Tensor) -> Tensor:
+    """Values [m] of the indices `every`, from each process's [k] of its `own`; of several, on the CPU."""
+    if world()[1] == 1:
+        return values
+    whole, order = torch.zeros(len(every), dtype=values.dtype), every.argsort()
+    whole[order[torch.searchsorted(every[order], own.contiguous())]] = values.cpu()
+    return summed(whole)
+
+
+def share_of(batch: Batch) -> Batch:
+    """This process's part of a batch that is all here."""
+    if world()[1] == 1 or len(batch.whole) > len(batch):
+        return batch
+    return replace(batch.rows(*map(own_share, (batch.indices, batch.weights))), whole=batch.indices)
+
+
+def tell_unreadable(source: ArraySource, lost: dict[int, str]) -> list[dict[int, str]]:
+    """What each process could not read of a source, {index: why}, now known to all. Raises BadInput."""
+    parts = gathered(lost)
+    for part in parts:
+        source.unreadable.update(part)
+    check_unreadable(source.unreadable, len(source))
+    return parts
+
+
+def stream_of_shares(trainer: AdaptiveSparseTrainer, batches: Iterable[tuple]) -> Iterator[Batch]:
+    """As the source's own stream. Of several processes each reads its stride of a batch; all of it where the
+    gate wants to see the views. What one cannot read is missing in all."""
+    source, size, seen = trainer.train_source, world()[1], needs_views(trainer.gate)
+    if size == 1:
+        yield from source.stream(batches)
+        return
+    numbers = trainer.seed, trainer.epoch, 0 if seen else world()[0]  # a process draws views of its own
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    torch.manual_seed(seed)
+    source.generator.manual_seed(seed)
+    asked = deque()
+
+    def strides() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in batches:
+            asked.append(batch[0])
+            yield batch if seen else tuple(map(own_share, batch))
+
+    for part in source.stream(strides()):
+        indices, lost = asked.popleft(), [{}] * size
+        if not isinstance(source, ArraySource):
+            lost = tell_unreadable(source, {i: source.unreadable[i] for i in part.missing.tolist()})
+        missing = torch.tensor(sorted(set().union(*lost)), dtype=torch.int64)
+        kept = indices[~torch.isin(indices, missing)]
+        if min(len(indices[rank::size]) - len(lost[rank]) for rank in range(size)) < 2:
+            give_up(trainer.gate, kept)  # batch norm cannot train on a lone sample
+            trainer.tally.waiting -= len(kept)
+            yield replace(part.cut(0)[0], missing=missing)
+        elif seen:
+            yield replace(part.rows(kept, torch.ones(len(kept))), missing=missing)
+        else:
+            yield replace(part, missing=missing, whole=kept)
+
+
+@functools.lru_cache(1)
+def distributed(model: nn.Module) -> nn.Module:
+    """A twin of the model, with the same weights and buffers, that averages gradients over the processes. On
+    GPUs its batch norm sees the whole batch; on a CPU each process has its own statistics of a step."""
+    if next(model.parameters()).is_cuda and any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
+        same = {id(value): value for value in (*model.parameters(), *model.buffers())}
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model, same))
+    warnings.filterwarnings("ignore", "`broadcast_buffers`")  # whose new name torch 2.10 does not know
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, static_graph=True)
+
+
 # %% FLOPs and joules tags=["shared", "fold"]
 # @title FLOPs and joules
 class FlopCount(FlopCounterMode):
@@ -3390,14 +3572,17 @@ class EnergyMeter:
     """Joules since it was made, by a GPU's own counter.
 
     `method` is nvml-counter or unavailable, and `reason` says why: no NVIDIA GPU, one from before Volta, no
-    pynvml. A counter that fails later becomes unavailable too, rather than stand still.
+    pynvml. A counter that fails later becomes unavailable too, rather than stand still. Of several processes
+    on a machine it counts all their GPUs.
     """
 
     def __init__(self, device: torch.device):
         self.method, self.reason = "nvml-counter", ""
-        self.index, self.start = device.index or 0, 0.0
-        if device.type != "cuda":
-            self.method, self.reason = "unavailable", f"no sensor for a {device.type}"
+        self.start, alone = 0.0, [device.index or 0]
+        self.indices = alone if world()[1] == 1 else range(int(os.environ["LOCAL_WORLD_SIZE"]))
+        if device.type != "cuda" or world()[1] > len(self.indices):
+            where = "GPUs of several machines" if device.type == "cuda" else f"a {device.type}"
+            self.method, self.reason = "unavailable", f"no sensor for {where}"
         self.start = self.joules()
 
     def joules(self) -> float | None:
@@ -3408,8 +3593,8 @@ class EnergyMeter:
             import pynvml  # optional
 
             pynvml.nvmlInit()  # counts its calls; only the first one costs anything
-            handle = pynvml.nvmlDeviceGetHandleByIndex(self.index)
-            return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000 - self.start
+            handles = map(pynvml.nvmlDeviceGetHandleByIndex, self.indices)
+            return sum(map(pynvml.nvmlDeviceGetTotalEnergyConsumption, handles)) / 1000 - self.start
         except Exception as error:  # drivers fail in many ways, and none may stop the training
             self.method, self.reason = "unavailable", f"{type(error).__name__}: {one_line(error)}"
             return None
@@ -3612,10 +3797,12 @@ def work(config: ASTConfig, rates: list[float]) -> float:
 
 
 def contents(data: ImageData) -> str:
-    """A digest of what the data hold, wherever they lie: classes, names of files, labels."""
+    """A digest of what the data hold, wherever they lie: classes, names of files, labels. Raises BadInput
+    where processes hold different ones."""
     names = [list(getattr(images, "names", ())) for images in (data.train_images, data.val_images)]
     held = repr((data.classes, names)).encode() + data.train_labels.tobytes() + data.val_labels.tobytes()
-    return hashlib.sha256(held).hexdigest()
+    check_alike(digest := hashlib.sha256(held).hexdigest(), data.source)
+    return digest
 
 
 # %% The run tags=["shared", "fold"]
@@ -3656,13 +3843,16 @@ class Run:
         self.say(textwrap.fill(words, 80, subsequent_indent="  ", break_long_words=False))
         if self.settings.resume:
             with held(self.out):
-                if self.resume():
+                found = self.resume()
+                check_alike(found, f"--out {self.out}")
+                if found:
                     return self.train_all()
             self.say(f"no checkpoint to resume in {self.out}: starting afresh")
         self.finished, self.trainer = [], None
         self.make_trainer(self.policies[0], self.seeds[0])  # refuses what cannot be before anything moves
         with held(self.out):
-            rotate_folder(self.out, self.say)
+            if world()[0] == 0:
+                rotate_folder(self.out, self.say)
         with held(self.out):
             config = {"program": PROGRAM, "settings": asdict(self.settings)}
             write_whole(self.out / "config.json", as_json(config, indent=2))
@@ -3690,7 +3880,7 @@ class Run:
         """Takes up the newest checkpoint that fits; False where there is none. Raises BadInput where one is
         of another run, and none of this one."""
         unfit, other = [], None
-        for path in reversed(checkpoints(self.out / "checkpoints")):
+        for path in reversed(agreed(checkpoints(self.out / "checkpoints"))):
             try:
                 self.take_up(read_checkpoint(path))
             except UNFIT as error:
@@ -3698,7 +3888,7 @@ class Run:
                 self.say(f"warning: {path}: {one_line(error)[:99]}; trying the checkpoint before it")
                 unfit.append(path)
             else:
-                for passed in unfit:  # else it would count among the two that are kept
+                for passed in unfit * (world()[0] == 0):  # else it would count among the two that are kept
                     passed.rename(passed.with_suffix(".unfit"))
                 return True
         if other:
@@ -3743,7 +3933,7 @@ class Run:
         config, rates = rival(policy, self.config, ast[0] if ast else [], self.planned())
         return AdaptiveSparseTrainer(
             model,
-            *sources(self.settings, self.data, torch.device(config.device)),
+            *sources(self.settings, self.data, pick_device(config.device)),
             config,
             optimizer,
             criterion,
@@ -3778,6 +3968,7 @@ class Run:
         state = {"identity": self.identity, "finished": self.finished, "skipped": list(self.skipped)}
         state["trainer"] = state_of(self.trainer) if self.trainer else None
         save_checkpoint(self.out / "checkpoints", state)
+        agreed(None)  # several processes wait for the one that writes
 
     def charge_cut_epoch(self) -> None:
         """Adds to the checkpoint, as `repeated`, what was spent since: that epoch will be trained again."""
@@ -3879,7 +4070,7 @@ def summary_of(run: Run) -> dict:
         "chance_percent": 100 * int(np.bincount(run.data.val_labels).max()) / len(run.data.val_labels),
         "steps_per_epoch": math.ceil(len(run.data.train_labels) / run.settings.batch_size),
         "model": run.settings.model,
-        "device": device_name(run.settings.device),
+        "device": f"{world()[1]} x " * (world()[1] > 1) + device_name(run.settings.device),
         "platform": f"{platform_name()}, {platform.system()}, Python {platform.python_version()}",
         "torch": torch.__version__,
         "out": str(run.out),
@@ -4212,7 +4403,7 @@ def keep_freed_memory() -> None:
 def settings_for_run(settings: ASTConfig, arguments: Iterable[str] = ()) -> ASTConfig:
     """The settings that will run. Raises BadInput."""
     settings = parse(settings, list(arguments), dict(os.environ))
-    return fill_defaults(settings_of_run(settings) if settings.resume else settings)
+    return agreed(fill_defaults(settings_of_run(settings) if settings.resume else settings))
 
 
 def fitted(settings: ASTConfig, data: ImageData) -> ASTConfig:
@@ -4221,7 +4412,7 @@ def fitted(settings: ASTConfig, data: ImageData) -> ASTConfig:
     Raises BadInput for progressive resolution where the model's views have one size.
     """
     usual = default_recipe(torch.device(settings.device), None)["batch_size"]
-    size = max(2, min(usual, len(data.train_labels) // 20))
+    size = max(2 * world()[1], min(usual, len(data.train_labels) // 20))
     if settings.resolution == "progressive" and not takes_small_views(settings):
         found = f"{settings.model}, whose views have one size"
         raise BadInput(f"--resolution progressive: expected full for {found}; or choose another --model")
@@ -4256,8 +4447,9 @@ def copied(out: str, say: Callable[[str], None]) -> str:
     """A copy of an output folder that can only be read, such as one among Kaggle's inputs, to go on in."""
     home = fill_defaults(replace(settings, out=None)).out
     with held(Path(home)):
-        rotate_folder(Path(home), say)
-        shutil.copytree(out, home, dirs_exist_ok=True, copy_function=shutil.copyfile)
+        if world()[0] == 0:
+            rotate_folder(Path(home), say)
+            shutil.copytree(out, home, dirs_exist_ok=True, copy_function=shutil.copyfile)
     say(f"{out} can only be read: it was copied to {home}, where it goes on")
     return home
 
@@ -4270,7 +4462,9 @@ def overview(settings: ASTConfig) -> list[str]:
     values = [(item.name, getattr(settings, item.name), item.default) for item in fields(settings)]
     changed = [f"{name}={value}" for name, value, default in values if value != default]
     wrapped = textwrap.wrap(printable(", ".join(changed)), 80, initial_indent="  ", subsequent_indent="  ")
-    return [first, f"  torch {torch.__version__} on {device_name(settings.device)}", *wrapped]
+    norm = "each process's own" if settings.device == "cpu" else "synchronised"
+    team = f", {world()[1]} processes; batch norm: {norm}" if world()[1] > 1 else ""
+    return [first, f"  torch {torch.__version__} on {device_name(settings.device)}{team}", *wrapped]
 
 
 def run(
@@ -4297,6 +4491,9 @@ def run(
         settings = replace(settings, out=copied(settings.out, say))
     check_apart(Path(settings.out), Path(settings.data).expanduser())
     say("\n".join(overview(settings)))
+    if world()[1] == 1 or os.environ["LOCAL_RANK"] == "0":
+        data = data or load_data(settings, say)
+    gathered(None)  # the others find what the first on their machine has fetched
     data = data or load_data(settings, say)
     settings = fitted(settings, data)
     summary = Run(settings, data, say, listeners, controls).execute()
@@ -4345,11 +4542,13 @@ def main() -> int:
     def stop(number: int, frame: object) -> None:
         controls.stop = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         codes[controls.stop] = 128 + number
+        silent = world()[0] or (TEAM and TEAM["store"].add("ended", 0))
+        stream = os.open(os.devnull, os.O_WRONLY) if silent else 2
         if not controls.heeded:  # nothing to save, and threads that wait for a disk must not hold it
-            os.write(2, f"{controls.stop}: ended before there was anything to save\n".encode())
+            os.write(stream, f"{controls.stop}: ended before there was anything to save\n".encode())
             os._exit(128 + number)
         signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
-        os.write(2, f"{controls.stop}: saving and stopping; once more to stop at once\n".encode())
+        os.write(stream, f"{controls.stop}: saving and stopping; once more to stop at once\n".encode())
 
     sys.stdout, sys.stderr = Outlet(sys.stdout), Outlet(sys.stderr)
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
@@ -4358,15 +4557,19 @@ def main() -> int:
     parser = Flags(add_help=False, allow_abbrev=False)
     parser.add_argument("--predict", nargs="+", default=[])
     try:
+        join()
         asked, arguments = parser.parse_known_args(sys.argv[1:])
         if asked.predict:
             predict(*asked.predict, chosen=settings_for_run(settings, arguments), controls=controls)
         else:
             run(settings, arguments, controls=controls)
     except BadInput as error:
-        print(error, file=sys.stderr)
-        return 2
-    return codes.get(controls.stop, 0)
+        return ended(2, str(error))
+    except RuntimeError as error:
+        if not re.search("gloo|nccl", str(error), re.IGNORECASE):
+            raise
+        return ended(1)  # another process did, and has said why
+    return ended(codes.get(controls.stop, 0))
 
 
 # %% Pictures [markdown] tags=["shared"]
@@ -4378,8 +4581,8 @@ def main() -> int:
 
 # %% Histories tags=["shared", "fold"]
 # @title Histories
-COLOURS = {"ast": "#d55e00", "full": "#666666", "random": "#0072b2", "short": "#cc79a7"}
-COLOURS |= {"dense": "#009e73", "dense-short": "#56b4e9", "keep-short": "#e69f00"}
+COLOURS = {"ast": "#d55e00", "full": "#666666", "random": "#0072b2", "short": "#009e73"}
+COLOURS |= {"dense": "#cc79a7", "dense-short": "#56b4e9", "keep-short": "#e69f00"}
 COLOURS |= {"solve and PI": "#d55e00", "PI alone": "#0072b2"}  # in the controller's lesson
 STYLE = {"font.size": 8.5, "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.xmargin": 0}
 STYLE |= {"axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True}

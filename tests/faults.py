@@ -112,8 +112,8 @@ FLOPs: of a batch, not of a sample > ledger flops_of_simple_cnn
 - return counter.get_total_flops() / len(images), sorted(counter.uncounted), logits
 + return counter.get_total_flops(), sorted(counter.uncounted), logits
 joules: since the driver was loaded, not since the start > ledger the_counter_is_read
-- return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000 - self.start
-+ return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
+- return sum(map(pynvml.nvmlDeviceGetTotalEnergyConsumption, handles)) / 1000 - self.start
++ return sum(map(pynvml.nvmlDeviceGetTotalEnergyConsumption, handles)) / 1000
 ledger: the scoring pass is charged to the phase > trainer the_live_gate_reads
 - with trainer.ledger.charge("scoring"):
 + with trainer.ledger.charge(trainer.phase):
@@ -122,8 +122,8 @@ step: buffers that are not finite are not looked at > step a_step_where_somethin
 - ok = norm.isfinite() & after.isfinite().all().to(norm.device)
 + ok = norm.isfinite()
 step: weights are left out > step a_step_has_the_losses
-- scaler.scale((torch.where(finite, losses, 0) * weights).sum() / len(batch)).backward()
-+ scaler.scale(torch.where(finite, losses, 0).sum() / len(batch)).backward()
+- scaler.scale((torch.where(finite, losses, 0) * weights).sum() * world()[1] / len(batch.whole)).backward()
++ scaler.scale(torch.where(finite, losses, 0).sum() * world()[1] / len(batch.whole)).backward()
 step: a score stays where the loss is not finite > step a_sample_whose_loss
 - scores = torch.where(finite, judge(logits, batch.labels, batch.images), math.nan)
 + scores = judge(logits, batch.labels, batch.images)
@@ -153,8 +153,8 @@ progress: the epoch in hand counts twice > trainer progress_never_goes_back
 - later = trainer.schedule.steps(trainer.epoch + 1, trainer.target, tally.n, size)
 + later = trainer.schedule.steps(trainer.epoch, trainer.target, tally.n, size)
 progress: waits for samples that cannot be read > sources unreadable_samples_are_lost
-- trainer.tally.waiting -= len(batch) + len(batch.missing)
-+ trainer.tally.waiting -= len(batch)
+- trainer.tally.waiting -= len(batch.whole) + len(batch.missing)
++ trainer.tally.waiting -= len(batch.whole)
 # --- resume and checkpoints ---
 resume: progress begins again > resume a_trainer_goes_on
 - KEPT = ("readable", "times_activated", "rows", "changes", "progress", "flops", "uncounted")
@@ -169,8 +169,8 @@ resume: a checkpoint of other settings is taken up > resume where_the_newest_che
 - if stored["identity"] != self.identity:
 + if stored["identity"][2] != self.identity[2]:
 checkpoints: the one before the newest is not kept > resume a_checkpoint_comes_back
-- for old in there[:-1]:
-+ for old in there:
+- for old in there[:-1] * (world()[0] == 0):
++ for old in there * (world()[0] == 0):
 checkpoints: a cut epoch that is trained again costs nothing > resume what_a_cut_epoch
 - costs["repeated"][unit] = (costs["repeated"][unit] or 0) + now[unit] - before
 + costs["repeated"][unit] = costs["repeated"][unit] or 0
