@@ -1,6 +1,6 @@
 """AST on another modality: a language model of letters, on a text that ships with Python.
 
-    python benchmarks/letters.py                  # a quarter of an hour on one core; five seeds
+    python benchmarks/letters.py                  # twenty quiet minutes on one core; five seeds
 
 Runs AST, full training, as many sequences by chance, and plain training of as few epochs, and adds bits a
 letter on held-out sequences to benchmarks/results/bars.jsonl. docs/extending.md shows the code.
