@@ -314,10 +314,11 @@ def attention() -> str:
     times = {n: seconds[n, "sparse"] / seconds[n, "dense"] for n in lengths}
     pays = [n for n in lengths if all(times[m] < 1 for m in lengths if m >= n)]
     words = f"it pays from {pays[0]:,} tokens on" if pays else "it never pays"
+    first, last = lengths[0], lengths[-1]
     return (
-        f"At the {lengths[0]} tokens of an image it takes {times[lengths[0]]:.2f} times as long as dense "
-        f"attention, forward and backward, and at {lengths[-1]:,} tokens {times[lengths[-1]]:.2f} times; of "
-        f"the lengths tried {words} ({runs[-1]['device']}, {runs[-1]['date']}; docs/configuration.md)."
+        f"Forward and backward, it takes {times[first]:.2f} times as long as dense attention at the {first} "
+        f"tokens of an image, and {times[last]:.2f} times at {last:,}; of the lengths tried {words} "
+        f"({runs[-1]['device']}, {runs[-1]['date']})."
     )
 
 
