@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
 DOCUMENTS = [
     "README.md",
-    *(f"docs/{name}.md" for name in "configuration api search evidence measures".split()),
+    *(f"docs/{name}.md" for name in "configuration api search evidence measures scale".split()),
 ]
 
 
@@ -75,6 +75,7 @@ def test_a_document_names_no_flag_that_is_not_there(text, cifar, imagenet):
     known |= {"--no-feedforward", "--no-guard", "--no-probe", "--help", "--sync", "--check", "--kaggle"}
     known |= {"--to", "--side", "--from", "--classes", "--json"}  # of python -m data_setup
     known |= {"--dist", "--predict"}  # of pytest, and of main alone
+    known |= {"--standalone", "--nproc"}  # of torchrun
     used = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", text))
     assert used <= known, used - known
 
