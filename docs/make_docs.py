@@ -34,6 +34,8 @@ CHAPTERS = {
     "What it cost": ["Ledger"],
 }
 LOOP = "train_epoch choose decide step remember apply_controls take wait_or_stop".split()  # who calls these
+T4 = 1198 / 3  # images a second, ResNet-50, fp16: NVIDIA's 1,198 forward; training costs three times that
+GRADIENTS, LINK = 4 * 25_557_032, 6e9  # bytes of ResNet-50's gradients; bytes a second between two T4s
 OPENING = """\
 # The public names
 
@@ -274,6 +276,54 @@ def measured() -> str:
     return "\n".join([*rows, "", "Taken on: " + "; ".join(sorted(where)) + "."])
 
 
+def scale() -> dict[str, str]:
+    """The tables of docs/scale.md: what benchmarks/scale.py measured last, and what follows from it."""
+    found = {}
+    for row in books.read(books.RESULTS / "scale.jsonl"):
+        found[row["measure"], row.get("gate"), row.get("n", row.get("processes"))] = row
+    gates = [row for row in found.values() if row["measure"] == "gate"]
+    one = {row["gate"]: row["seconds"] / row["n"] for row in gates if row["n"] == 10**6}
+    table = ["| gate | samples | seconds an epoch | ÷ linear from 1 M | bytes a sample kept; at most |"]
+    for row in gates:
+        times, bytes_ = row["seconds"] / row["n"] / one[row["gate"]], f"{row['bytes_kept']:.0f}"
+        table.append(
+            f"| `{row['gate']}` | {row['n']:,} | {row['seconds']:.1f} | {times:.2f} "
+            f"| {bytes_}; {row['bytes_peak']:.0f} |"
+        )
+    wires = {row["processes"]: row for row in found.values() if row["measure"] == "wire"}
+    wire = ["| processes | a chunk's losses | of what training it takes on one T4 | a step's flags |"]
+    for count, row in wires.items():
+        share = row["chunk_ms"] / 10 / (512 / T4)
+        wire.append(
+            f"| {count} | {row['chunk_bytes']:,} bytes, {row['chunk_ms']:.2f} ms | {share:.2f} % "
+            f"| {row['step_bytes']} bytes, {row['step_ms']:.2f} ms |"
+        )
+    shares = ["| processes | arithmetic and gate | percent chosen differently, epoch by epoch |"]
+    for row in (row for row in found.values() if row["measure"] == "share"):
+        for name, percent in row["percent"].items():
+            shares.append(f"| {row['processes']} | {name} | {', '.join(f'{p:.1f}' for p in percent)} |")
+    tables = {"gates": table, "wire": wire, "shares": shares, "model": expected(wires)}
+    return {
+        name: "\n".join([t[0], "|---" * (t[0].count("|") - 1) + "|", *t[1:]]) for name, t in tables.items()
+    }
+
+
+def expected(wires: dict[int, dict]) -> list[str]:
+    """What the model of docs/scale.md expects of ResNet-50 on T4s, from T4, LINK and what was exchanged."""
+    rows = ["| GPUs | batch | compute | gradients | exchanged, hidden | images a second | of W × one |"]
+    for count, batch in ((1, 128), (2, 128), (8, 128), (8, 1024)):
+        wire = wires[count]
+        compute, gradients = batch / count / T4, 2 * (count - 1) / count * GRADIENTS / LINK
+        exchanged = (wire["step_ms"] + wire["chunk_ms"] / 4) / 1000 * (count > 1)
+        step = compute + max(0.0, gradients - 2 / 3 * compute) + exchanged
+        rows.append(
+            f"| {count} | {batch} | {1000 * compute:.0f} ms | {1000 * gradients:.0f} ms "
+            f"| {1000 * exchanged:.1f} ms, {1000 * min(gradients, 2 / 3 * compute):.0f} ms "
+            f"| {batch / step:.0f} | {batch / step / count / T4:.2f} |"
+        )
+    return rows
+
+
 def evidence() -> str:
     """The measured sentence in the CIFAR-10 program's first cell."""
     found = result("accuracy")
@@ -348,6 +398,7 @@ def derived() -> dict[Path, str]:
         docs / "search.md": search(),
         docs / "evidence.md": all_evidence(),
         ROOT / "README.md": filled(ROOT / "README.md", {"result": in_short(), "five": five()}),
+        docs / "scale.md": filled(docs / "scale.md", scale()),
     }
     for name, words in (("cifar10_ast", evidence()), ("imagenet100_ast", evidence_on_images())):
         script = standalone / f"{name}.py"

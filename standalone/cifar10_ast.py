@@ -1089,13 +1089,13 @@ class Tally:
         """Indices and significances, on the CPU, of what was trained since the last call: the one sync."""
         whole, own, scores, sums = zip(*self.pending, strict=True)
         indices, own = torch.cat(whole), torch.cat(own)
-        flat = torch.cat([*scores, *sums]).cpu()
-        for loss, finite, taken in summed(flat[len(own) :]).reshape(-1, 3).tolist():
+        flat = brought_together(torch.cat([*scores, *sums]).cpu(), own, indices)
+        for loss, finite, taken in flat[len(indices) :].reshape(-1, 3).tolist():
             self.loss += loss
             self.finite += int(finite)
             self.skipped_steps += not taken
         self.pending = []
-        return indices, brought_together(flat[: len(own)], own, indices)
+        return indices, flat[: len(indices)]
 
 
 # %% The trainer [markdown] tags=["shared"]
@@ -1459,8 +1459,7 @@ def evaluate(trainer: AdaptiveSparseTrainer) -> float | None:
     right, count = torch.zeros((), device=trainer.device), 0
     with trainer.ledger.charge("evaluation"), evaluating(trainer.model):
         if world()[1] > 1:  # running statistics become the mean of the processes'
-            buffers = float_buffers(trainer.model)
-            put_back(buffers, summed(joined(buffers)) / world()[1])
+            put_back(float_buffers(trainer.model), summed(joined(float_buffers(trainer.model))) / world()[1])
         for images, labels in trainer.val_source.in_order(*world()):
             if trainer.controls.stop:
                 count = math.nan  # whichever process stops, all do
@@ -2030,7 +2029,9 @@ def vit(classes: int) -> ViT:
 # query best.
 #
 # <!-- attention -->
-# Not measured yet.
+# Forward and backward, it takes 2.17 times as long as dense attention at the 64 tokens of an image, and
+# 0.64 times at 4,096; of the lengths tried it pays from 1,024 tokens on (cpu (AMD EPYC, 1 threads),
+# 2026-11-26).
 # <!-- /attention -->
 
 
@@ -3295,13 +3296,17 @@ def own_share(values: Tensor) -> Tensor:
     return values[world()[0] :: world()[1]]
 
 
-def brought_together(values: Tensor, own: Tensor, every: Tensor) -> Tensor:
-    """Values [m] of the indices `every`, from each process's [k] of its `own`; of several, on the CPU."""
+def brought_together(flat: Tensor, own: Tensor, every: Tensor) -> Tensor:
+    """Values [m] of the indices `every`, from each process's of its `own`, on the CPU if there are several;
+    numbers that stand behind the values are summed."""
     if world()[1] == 1:
-        return values
-    whole, order = torch.zeros(len(every), dtype=values.dtype), every.argsort()
-    whole[order[torch.searchsorted(every[order], own.contiguous())]] = values.cpu()
-    return summed(whole)
+        return flat
+    whole, order = torch.zeros(len(every) + len(flat) - len(own), dtype=flat.dtype), every.argsort()
+    whole[order[torch.searchsorted(every[order], own.contiguous())]] = flat[: len(own)].cpu()
+    whole[len(every) :] = flat[len(own) :]
+    parts = [torch.empty_like(whole) for _ in range(world()[1])]
+    torch.distributed.all_gather(parts, whole)  # over TCP in half of the time that a sum takes
+    return torch.stack(parts).sum(0)
 
 
 def share_of(batch: Batch) -> Batch:
@@ -3327,8 +3332,7 @@ def stream_of_shares(trainer: AdaptiveSparseTrainer, batches: Iterable[tuple]) -
     if size == 1:
         yield from source.stream(batches)
         return
-    numbers = trainer.seed, trainer.epoch, 0 if seen else world()[0]  # a process draws views of its own
-    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    seed = hash((trainer.seed, trainer.epoch, 0 if seen else world()[0])) % 2**63  # views of its own
     torch.manual_seed(seed)
     source.generator.manual_seed(seed)
     asked = deque()

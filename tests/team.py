@@ -40,7 +40,7 @@ class Exact(nn.Sequential):
 class OnOneOnly(Dataset):
     """Samples of which the last process alone cannot read some."""
 
-    BROKEN = (7, 100, 201)
+    BROKEN = tuple(range(7, 2030, 150))
 
     def __init__(self, broken):
         self.broken = broken if int(os.environ.get("RANK", "0")) == ast.world()[1] - 1 else ()
@@ -140,6 +140,27 @@ def unreadable(gate, broken, batch_size):
     return counts | {"choices": found, "model": digest(model), "lost": lost}
 
 
+def by_hand():
+    """A slider moved in the first process and a stop asked for in the last, each in no other."""
+    rank, size = ast.world()
+    trainer = trainer_of(nn.Sequential(*layers()), arrays(), GATES["remembered"])
+    controls, steps = trainer.controls, []
+
+    def listen(event, data):
+        if event == "chunk" and trainer.epoch == 1 and not rank and not controls.asked:
+            controls.set("target_activation", 0.2)
+        if event == "chunk" and trainer.epoch == 3 and rank == size - 1:
+            controls.stop = "enough"
+
+    trainer.listeners.append(listen)
+    step = trainer.step
+    trainer.step = lambda batch: (steps.append(len(batch.whole)), step(batch))
+    results = trainer.train(EPOCHS, warmup_epochs=1)
+    targets = [row["target_activation"] for row in results["epochs"]]
+    weights = [float(w.detach().norm()) for w in trainer.model.parameters()]
+    return {"steps": steps, "targets": targets, "stop": controls.stop, "weights": weights}
+
+
 def play():
     """Everything that the tests compare."""
     with torch.random.fork_rng(devices=[]):
@@ -147,6 +168,7 @@ def play():
             "recorded": {gate: recorded(gate) for gate in GATES},
             "learned": {gate: learned(gate) for gate in ("remembered", "live")},
             "unreadable": {gate: unreadable(gate, OnOneOnly.BROKEN, 16) for gate in ("remembered", "live")},
+            "by hand": by_hand(),
             "small": unreadable("remembered", OnOneOnly.BROKEN, 2 * ast.world()[1]),
         }
 

@@ -102,6 +102,7 @@ def test_a_document_names_no_flag_that_is_not_there(text, cifar, imagenet):
     known |= {"--no-feedforward", "--no-guard", "--no-probe", "--help", "--sync", "--check", "--kaggle"}
     known |= {"--to", "--side", "--from", "--classes", "--json"}  # of python -m data_setup
     known |= {"--dist", "--predict", "--index-url"}  # of pytest, of main alone, of pip
+    known |= {"--standalone", "--nproc"}  # of torchrun
     used = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", text))
     assert used <= known, used - known
 

@@ -102,6 +102,12 @@ def test_what_one_process_cannot_read_is_missing_in_all_and_nobody_waits(togethe
     assert 0 < removed == len(lost) <= len(team.OnOneOnly.BROKEN)
 
 
+def test_what_one_process_hears_all_do(together):
+    mine = together[0]["by hand"]
+    assert all(found["by hand"] == mine for found in together)
+    assert mine["stop"] == "enough" and len(mine["targets"]) == 3 and mine["targets"][2] == 0.2
+
+
 @pytest.mark.slow
 def test_a_run_is_one_run_whoever_takes_part(tmp_path):
     """Rows, totals and files of two processes are those of one; only the first prints."""
