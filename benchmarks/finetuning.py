@@ -11,7 +11,6 @@ other training images: `--held-out --seeds 100 --policies "full lr=0.01;probed l
 
 import argparse
 import io
-import statistics
 import sys
 import time
 import zipfile
@@ -203,15 +202,12 @@ def measure(policy: Policy, seed: int, data: tuple[Tensor, ...]) -> dict:
 def table(judged: str = "test") -> str:
     """What every policy came to, dearest first, as markdown."""
     runs = load(BED, judged)
-    rows = [
-        "| policy | what | seeds | accuracy, % | minus `full` | FLOPs ÷ full's | training s |",
-        "|" + "---|" * 7,
-    ]
+    rows = ["| policy | what | seeds | accuracy, % | minus `full` | FLOPs ÷ full's |", "|" + "---|" * 6]
     for name, own in sorted(runs.items(), key=lambda item: -mean(item[1], "cost")):
-        accuracy, lead = statistics.mean(run["accuracy"] for run in own.values()), gap(runs, name, "full")
+        accuracy, lead = mean(own, "accuracy"), gap(runs, name, "full")
         rows.append(
             f"| `{name}` | {policy(name).words} | {len(own)} | {accuracy:.2f} | {lead or '-'} "
-            f"| {mean(own, 'cost'):.2f} | {mean(own, 'train_seconds'):.0f} |"
+            f"| {mean(own, 'cost'):.3f} |"
         )
     return "\n".join(rows)
 

@@ -20,6 +20,7 @@ sys.path[:0] = [str(ROOT / "standalone"), str(ROOT / "benchmarks")]
 import books  # noqa: E402
 import controller  # noqa: E402
 import evidence as proof  # noqa: E402
+import finetuning  # noqa: E402
 import letters  # noqa: E402
 import torch  # noqa: E402
 import trials  # noqa: E402
@@ -563,7 +564,7 @@ FIVE = [
         "tuned",
         "ast@0.2",
         "random",
-        "fine-tuned-from-weights-of-other-classes",
+        "evidence",
         "",
     ),
     (
@@ -629,9 +630,7 @@ BEDS = {
     "tail": (AT_0_4, "natural, natural minus `random`"),
     "whole-tail": (AT_0_4, "worst class, seeds"),
     "filmed": ("^(full|short|.*@0.4)", ALIKE),
-    "ten": (r"^(full|short@0.4|\\w+@0.2)", ALIKE),
     "quick": ("^(?!ast@0.2:)", f"seeds, minus `balanced`, minus `short`, saved at equal accuracy, {ALIKE}"),
-    "tuned": ("", ALIKE),
     "four-20": ("", ALIKE),
     "four-40": ("^(?!.*guard)", ALIKE),
 }
@@ -640,6 +639,7 @@ BEDS = {
 def all_evidence() -> str:
     """docs/evidence.md with its tables."""
     tables = {"wins": wins(), "peer": peer(), "where": machines()}
+    tables["finetuning"] = finetuning.table()
     for bed, (shown, without) in BEDS.items():
         tables[bed] = proof.table(bed, shown=shown, without=without)
     return filled(ROOT / "docs" / "evidence.md", tables)

@@ -69,7 +69,8 @@ def anchors(path):
 def test_a_reader_is_done_in_minutes():
     assert len(README.split()) <= 1200 and len(README.splitlines()) <= 110
     pages = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS if name != "README.md"}
-    assert sum(len(text.split()) for text in pages.values()) <= 12_000
+    words = [re.findall(r"\S*\w\S*", text) for text in pages.values()]  # less the lines of tables
+    assert sum(map(len, words)) <= 12_000
     assert len(pages["docs/evidence.md"].splitlines()) <= 300
     assert README.index("```") > README.index("<!-- /five -->")
     rows = [line for line in README[: README.index("```")].splitlines() if line.startswith("|")]
