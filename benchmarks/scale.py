@@ -99,7 +99,7 @@ def gate(name: str, n: int) -> dict:
 
 
 def wire() -> dict:
-    """Milliseconds of what several processes exchange: the losses of a chunk, the flags of a step."""
+    """Milliseconds of what several processes exchange: a chunk's losses, and the flags of a step or chunk."""
     torch.set_num_threads(1)
     tally, batches = ast.Tally(1, 0.0, 0.0), torch.arange(4 * BATCH).split(BATCH)
     controls, spent = ast.Controls(), {"chunk": [], "step": []}

@@ -1031,6 +1031,8 @@ class Controls:
     def take(self, target: float, pausing: bool = False) -> Iterator[dict]:
         """Takes up what was asked; each change with its old value. target: the run's own. A pause, and what
         was asked after it, is left until it begins (`pausing`)."""
+        if not summed(torch.tensor(len(self.asked))):
+            return
         self.asked = agreed(self.asked)
         while self.asked and (pausing or not self.paused or self.asked[0]["control"] != "paused"):
             change = self.asked.popleft()
@@ -3255,9 +3257,9 @@ def pick_device(name: str) -> torch.device:
     """The device for auto, cpu or cuda. Raises BadInput if there is none, or torch has no code for it."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    own = name == "auto" or world()[1] > 1  # of this process
+    name = "auto" if world()[1] > 1 else name  # each of several has its own
     try:
-        device = torch.device("cuda", torch.cuda.current_device()) if own else torch.device(name)
+        device = torch.device("cuda", torch.cuda.current_device()) if name == "auto" else torch.device(name)
         torch.zeros(1, device=device).add(1).item()
     except (RuntimeError, AssertionError) as error:  # none, or a P100, for which most builds have no code
         found = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
@@ -3486,8 +3488,7 @@ def share_of(batch: Batch) -> Batch:
 def tell_unreadable(source: ArraySource, lost: dict[int, str]) -> list[dict[int, str]]:
     """What each process could not read of a source, {index: why}, now known to all. Raises BadInput."""
     parts = gathered(lost)
-    for part in parts:
-        source.unreadable.update(part)
+    source.unreadable |= {index: why for part in parts for index, why in part.items()}
     check_unreadable(source.unreadable, len(source))
     return parts
 
@@ -3845,8 +3846,7 @@ class Run:
         self.say(textwrap.fill(words, 80, subsequent_indent="  ", break_long_words=False))
         if self.settings.resume:
             with held(self.out):
-                found = self.resume()
-                check_alike(found, f"--out {self.out}")
+                check_alike(found := self.resume(), f"--out {self.out}")
                 if found:
                     return self.train_all()
             self.say(f"no checkpoint to resume in {self.out}: starting afresh")
@@ -4544,13 +4544,13 @@ def main() -> int:
     def stop(number: int, frame: object) -> None:
         controls.stop = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         codes[controls.stop] = 128 + number
-        silent = world()[0] or (TEAM and TEAM["store"].add("ended", 0))
-        stream = os.open(os.devnull, os.O_WRONLY) if silent else 2
+        mute = world()[0] or (TEAM and TEAM["store"].add("ended", 0))  # or another process has said why
+        out = os.open(os.devnull, os.O_WRONLY) if mute else 2
         if not controls.heeded:  # nothing to save, and threads that wait for a disk must not hold it
-            os.write(stream, f"{controls.stop}: ended before there was anything to save\n".encode())
+            os.write(out, f"{controls.stop}: ended before there was anything to save\n".encode())
             os._exit(128 + number)
         signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
-        os.write(stream, f"{controls.stop}: saving and stopping; once more to stop at once\n".encode())
+        os.write(out, f"{controls.stop}: saving and stopping; once more to stop at once\n".encode())
 
     sys.stdout, sys.stderr = Outlet(sys.stdout), Outlet(sys.stderr)
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
