@@ -131,7 +131,7 @@ def test_a_run_is_one_run_whoever_takes_part(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4), (2, 2)])
 def test_a_killed_run_goes_on_in_another_world(tmp_path, before, after):
     out, flags = tmp_path / "out", [CIFAR_PROGRAM, *TINY, "--out", tmp_path / "out"]
 
@@ -159,6 +159,9 @@ def test_a_killed_run_goes_on_in_another_world(tmp_path, before, after):
     assert "no checkpoint" not in said and "warning" not in said
     assert summary(out)["complete"]
     assert untimed(rows(out))[: len(there) - 1] == there[:-1]  # the last may be of an epoch not yet saved
+    if before == after:
+        team_of(before, *flags[:-1], tmp_path / "whole")
+        assert untimed(rows(out)) == untimed(rows(tmp_path / "whole"))
 
 
 @pytest.mark.slow
