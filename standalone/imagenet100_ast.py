@@ -2477,9 +2477,9 @@ class CropSource:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def in_order(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Views and labels of all readable samples, for evaluation."""
-        batches = torch.arange(len(self)).split(self.batch_size)
+    def in_order(self, first: int = 0, step: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Views and labels of all readable samples, for evaluation; or of every `step`th batch."""
+        batches = torch.arange(len(self)).split(self.batch_size)[first::step]
         for batch in self.stream((indices, torch.ones(len(indices))) for indices in batches):
             if len(batch):
                 yield batch.images, batch.labels
