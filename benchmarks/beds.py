@@ -5,6 +5,8 @@ A bed is trained on CIFAR-10 images. While a rule is searched for, 5,000 of the 
 and judge it; the test images are seen by the headline rows only.
 """
 
+from __future__ import annotations
+
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,7 +45,7 @@ class Bed:
     width: int = 0  # of the program's `resnet`; 0: its `vit` where `settings` name it, or the compact network
     settings: dict = field(default_factory=dict)
 
-    def split(self, data: ast.ImageData, held_out: bool) -> "Split":
+    def split(self, data: ast.ImageData, held_out: bool) -> Split:
         """The bed's share of CIFAR-10; judged on held-out training images, or on the test images."""
         generator = torch.Generator().manual_seed(SPLIT)
         labels = torch.as_tensor(np.asarray(data.train_labels)).long()

@@ -187,10 +187,13 @@ def test_config_takes_the_names_of_the_original_reports():
             ast.ASTConfig(**{name: value})
 
 
-def test_a_dict_and_a_programs_settings_give_the_methods_share():
+def test_a_dict_and_a_programs_settings_are_checked_and_copied():
     assert ast.ASTConfig.of(None) == ast.ASTConfig()
     assert ast.ASTConfig.of({"target_activation_rate": 0.3}) == ast.ASTConfig(target_activation=0.3)
-    found = ast.ASTConfig.of(replace(ast.Settings(), target_activation=0.3, seeds="4"))
-    assert (type(found), found) == (ast.ASTConfig, ast.ASTConfig(target_activation=0.3))
+    given = replace(ast.Settings(), target_activation=0.3, keep_tokens=0.5)
+    found = ast.ASTConfig.of(given)
+    assert found == given and found is not given and ast.ASTConfig.of(ast.ASTConfig()).keep_tokens == 1
+    with pytest.raises(ast.BadInput, match="keep_tokens 2"):
+        ast.ASTConfig.of(replace(given, keep_tokens=2.0))
     with pytest.raises(ast.BadInput, match="tarjet"):
         ast.ASTConfig.of({"tarjet": 0.4})

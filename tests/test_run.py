@@ -375,7 +375,7 @@ def test_the_report_tells_what_was_measured_whichever_way_it_fell(ran, measured,
     lines = ast.report(ran.summary | {"measured": none | measured}).splitlines()
     [line] = [line for line in lines if line.startswith(told)]
     assert line.endswith("points") == ("ahead of" in told)
-    assert ("seeds: 2 (one proves nothing)" in lines) == ("ahead of" in told)
+    assert "seeds: 2 (one proves nothing)" in lines
     others = [line for line in lines if "measured" in line or "ahead of" in line]
     assert len(others) == (1 if "speedup_vs_full" in measured else 2)
 
